@@ -1,0 +1,107 @@
+"""config.json and its kin: strict JSON, and fields read with their type, range and aliases checked."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe import ConfigError
+
+
+class CheckpointError(ValueError):
+    """A checkpoint directory that cannot be used; names the file, what was found and expected."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Duplicate keys, NaN and infinities are errors, as in RFC 8259."""
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise CheckpointError(f"{path}: the key {twice!r} stands twice in one object")
+        return dict(pairs)
+
+    def no_constant(name: str) -> None:
+        raise CheckpointError(f"{path}: {name} is not JSON")
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 ({error.reason})") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise CheckpointError(f"{path}: not JSON: {error.msg} at {where}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: nested too deeply") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected an object")
+    return value
+
+
+class Fields:
+    """Typed access to a published config. Remembers what was asked for, so the rest can be listed.
+
+    Every reader takes the key, or several spellings of it, the first present one winning, and an
+    optional default; without one the key is required. A null counts as absent.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], where: str = "config.json") -> None:
+        self.raw, self.where = raw, where
+        self.asked: set[str] = set()
+
+    def integer(self, *keys: str, default: int | None = None, at_least: int = 1) -> int:
+        key, value = self.find(keys, default)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        self.check(whole and value >= at_least, key, value, f"a whole number >= {at_least}")
+        return value
+
+    def number(self, *keys: str, default: float | None = None) -> float:
+        key, value = self.find(keys, default)
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        self.check(real and math.isfinite(value), key, value, "a finite number")
+        return float(value)
+
+    def flag(self, *keys: str, default: bool | None = None) -> bool:
+        key, value = self.find(keys, default)
+        self.check(isinstance(value, bool), key, value, "true or false")
+        return value
+
+    def choice(self, *keys: str, known: Sequence[str], default: str | None = None) -> str:
+        key, value = self.find(keys, default)
+        self.check(value in known, key, value, "one of " + ", ".join(known))
+        return value
+
+    def optional_integer(self, *keys: str, at_least: int = 1) -> int | None:
+        return self.integer(*keys, at_least=at_least) if self.has(*keys) else None
+
+    def section(self, *keys: str) -> "Fields | None":
+        """The object under the first of `keys` that is present; None if none is."""
+        key, value = self.find(keys, {})
+        self.check(isinstance(value, dict), key, value, "an object")
+        return Fields(value, f"{self.where}: {key}") if value else None
+
+    def has(self, *keys: str) -> bool:
+        self.asked.update(keys)
+        return any(self.raw.get(key) is not None for key in keys)
+
+    def unread(self) -> list[str]:
+        """Keys that nothing asked for."""
+        return sorted(set(self.raw) - self.asked)
+
+    def find(self, keys: Sequence[str], default: Any) -> tuple[str, Any]:
+        self.asked.update(keys)
+        for key in keys:
+            if self.raw.get(key) is not None:
+                return key, self.raw[key]
+        if default is None:
+            raise ConfigError(f"{self.where}: {' or '.join(keys)} is missing")
+        return keys[0], default
+
+    def check(self, holds: bool, key: str, value: Any, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"{self.where}: {key} = {value!r}, expected {expected}")

@@ -1,0 +1,1 @@
+"""One entry per published family: the model_type of its config.json -> its adapter."""

@@ -1,0 +1,35 @@
+"""Transformers as data and modules. Builds on `moe`; knows nothing of files or families."""
+
+from .cache import Cache, LayerCache
+from .config import (
+    DenseConfig,
+    GQAConfig,
+    LayerConfig,
+    MLAConfig,
+    ModelConfig,
+    RopeConfig,
+    YarnConfig,
+)
+from .generate import Generation, GenerationStatistics, generate, generate_batch
+from .loss import next_token_loss
+from .model import Transformer
+from .mtp import mtp_loss
+
+__all__ = [
+    "Cache",
+    "DenseConfig",
+    "GQAConfig",
+    "Generation",
+    "GenerationStatistics",
+    "LayerCache",
+    "LayerConfig",
+    "MLAConfig",
+    "ModelConfig",
+    "RopeConfig",
+    "Transformer",
+    "YarnConfig",
+    "generate",
+    "generate_batch",
+    "mtp_loss",
+    "next_token_loss",
+]

@@ -1,0 +1,139 @@
+"""What a whole model is, as data: a tuple of layer descriptions plus what surrounds them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe import MoEConfig, require, require_choice, require_int
+
+
+def require_positive(name: str, value: float) -> None:
+    require(0 < value < float("inf"), name, value, "must be a positive, finite number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """YaRN's stretching of the rotary frequencies (Peng et al. 2023, section 3.2)."""
+
+    factor: float
+    original_length: int  # positions the model was trained on before the stretching
+    beta_fast: float = 32.0  # rotations over original_length above which a frequency is kept
+    beta_slow: float = 1.0  # rotations below which it is divided by factor
+    truncate: bool = True  # round the ends of the ramp between the two outwards
+
+    def __post_init__(self) -> None:
+        require(1 <= self.factor < float("inf"), "factor", self.factor, "must be >= 1 and finite")
+        require_int("original_length", self.original_length)
+        require_positive("beta_fast", self.beta_fast)
+        require_positive("beta_slow", self.beta_slow)
+        ordered = self.beta_fast >= self.beta_slow
+        require(ordered, "beta_fast", self.beta_fast, f"must be >= beta_slow = {self.beta_slow}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions. YaRN's two corrections are two numbers here, computed by whoever knows.
+
+    `amplitude` multiplies cos and sin, so a score by its square; `softmax_multiplier` multiplies
+    the softmax scale and therefore the part of a head that is not rotated too.
+    """
+
+    width: int  # how many dimensions are rotated
+    theta: float = 10000.0
+    layout: str = "half"  # which dimensions form a pair: "half" (i, i + width/2), "interleaved" (2i, 2i + 1)
+    yarn: YarnConfig | None = None
+    amplitude: float = 1.0
+    softmax_multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_int("rope width", self.width, at_least=2)
+        require(self.width % 2 == 0, "rope width", self.width, "must be even: pairs are rotated")
+        require_choice("rope layout", self.layout, ("half", "interleaved"))
+        require(1 < self.theta < float("inf"), "theta", self.theta, "must be > 1 and finite")
+        require_positive("amplitude", self.amplitude)
+        require_positive("softmax_multiplier", self.softmax_multiplier)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GQAConfig:
+    """Grouped-query attention (Ainslie et al. 2023); multi-head where kv_heads = num_heads."""
+
+    num_heads: int
+    kv_heads: int
+    head_width: int
+    rope: RopeConfig  # its width may be less than head_width: the first dimensions are rotated
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "kv_heads", "head_width"):
+            require_int(name, getattr(self, name))
+        divides = f"must divide num_heads = {self.num_heads}"
+        require(self.num_heads % self.kv_heads == 0, "kv_heads", self.kv_heads, divides)
+        fits = f"must be <= head_width = {self.head_width}"
+        require(self.rope.width <= self.head_width, "rope width", self.rope.width, fits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1)."""
+
+    num_heads: int
+    query_rank: int | None  # None: queries are not compressed
+    kv_rank: int  # width of the latent that keys and values are made from
+    nope_width: int  # of a head's query and key: the part without position
+    value_width: int
+    rope: RopeConfig  # its width is the other part of a head's query, and the one shared rotary key
+    bias: bool = False  # on the two compressions and the output, nowhere else
+    latent_norm_epsilon: float = 1e-6  # of the norms inside the attention; see checkpoints.families
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "kv_rank", "nope_width", "value_width"):
+            require_int(name, getattr(self, name))
+        if self.query_rank is not None:
+            require_int("query_rank", self.query_rank)
+        require_positive("latent_norm_epsilon", self.latent_norm_epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """A dense feed-forward layer of this hidden width."""
+
+    width: int
+
+    def __post_init__(self) -> None:
+        require_int("width", self.width)
+
+
+AttentionConfig = GQAConfig | MLAConfig
+FeedForwardConfig = DenseConfig | MoEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """One transformer block: norm, attention, add; norm, feed-forward, add."""
+
+    attention: AttentionConfig
+    feed_forward: FeedForwardConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only language model.
+
+    `published` is the config.json that the description was read from. The saver writes it back in
+    its own spelling; nothing else looks inside.
+    """
+
+    vocab_size: int
+    d_model: int
+    layers: tuple[LayerConfig, ...]
+    mtp: tuple[LayerConfig, ...] = ()  # the block of each multi-token-prediction module
+    norm_epsilon: float = 1e-6
+    tied_embeddings: bool = False  # the head uses the embedding's weight
+    max_length: int  # positions the model is made for
+    published: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "max_length"):
+            require_int(name, getattr(self, name))
+        require(len(self.layers) > 0, "layers", self.layers, "must hold at least one layer")
+        require_positive("norm_epsilon", self.norm_epsilon)

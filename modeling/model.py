@@ -1,0 +1,163 @@
+"""The transformer: token ids -> logits. Everything it is, is in its `ModelConfig`.
+
+Shapes: B batch, T new tokens, D model width, V vocabulary.
+"""
+
+from typing import assert_never
+
+import torch
+from torch import Tensor, nn
+
+from moe import FeedForward, MoE, MoEConfig
+
+from .attention import GroupedQueryAttention
+from .cache import Cache, LayerCache
+from .config import DenseConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig
+from .mla import MultiHeadLatentAttention
+from .mtp import MTPModule
+from .norm import RMSNorm
+from .rope import Positions
+
+
+class Block(nn.Module):
+    """One layer. The residual stream is the two additions of `forward` and nothing else."""
+
+    def __init__(self, d_model: int, norm_epsilon: float, config: LayerConfig) -> None:
+        super().__init__()
+        self.attention: nn.Module
+        self.feed_forward: nn.Module
+        self.attention_norm = RMSNorm(d_model, norm_epsilon)
+        match config.attention:
+            case GQAConfig() as attention:
+                self.attention = GroupedQueryAttention(d_model, attention)
+            case MLAConfig() as attention:
+                self.attention = MultiHeadLatentAttention(d_model, attention)
+            case other:
+                assert_never(other)
+        self.feed_forward_norm = RMSNorm(d_model, norm_epsilon)
+        match config.feed_forward:
+            case DenseConfig(width=width):
+                self.feed_forward = FeedForward(d_model, width)
+            case MoEConfig() as feed_forward:
+                self.feed_forward = MoE(d_model, feed_forward)
+            case other:
+                assert_never(other)
+
+    def make_cache(self, batch_size: int, max_length: int) -> LayerCache:
+        return self.attention.make_cache(batch_size, max_length)
+
+    def forward(self, x_BTD: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), positions, cache)
+        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model with its multi-token-prediction modules.
+
+    `mtp` is keyed by layer number, counted on from the main layers: the first module of a model
+    of 61 layers is `mtp["61"]`, which is where published checkpoints keep it. Weights of a new
+    model are whatever `torch.empty` finds; load them, or call `initialize`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, epsilon = config.d_model, config.norm_epsilon
+        self.embed = nn.Embedding(config.vocab_size, D)
+        self.layers = nn.ModuleList(Block(D, epsilon, layer) for layer in config.layers)
+        self.norm = RMSNorm(D, epsilon)
+        self.head = nn.Linear(D, config.vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.head.weight = self.embed.weight
+        self.mtp = nn.ModuleDict(
+            {
+                str(len(config.layers) + j): MTPModule(D, epsilon, Block(D, epsilon, layer))
+                for j, layer in enumerate(config.mtp)
+            }
+        )
+
+    def forward(
+        self, tokens_BT: Tensor, cache: Cache | None = None, logits_to_keep: int | None = None
+    ) -> Tensor:
+        """Logits of the next token at every position, (B, T, V), in float32 at least.
+
+        tokens_BT: int64. With a `cache` the tokens continue at `cache.length` and are appended to
+        it. logits_to_keep: compute the head for the last so many positions only.
+        Raises ValueError for ids outside the vocabulary, another dtype or another rank.
+        """
+        x_BTD = self.hidden_states(tokens_BT, cache)
+        return self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
+
+    def hidden_states(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """What the head and the first MTP module read: (B, T, D), after the final norm."""
+        self.check_tokens(tokens_BT)
+        lengths = [0] if cache is None else cache.lengths
+        x_BTD = self.embed(tokens_BT)
+        positions = new_positions(lengths, tokens_BT)
+        for i, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, positions, None if cache is None else cache.layers[i])
+        return self.norm(x_BTD)
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """The head on hidden states, (B, T, V), in float32 at least."""
+        logits_BTV = self.head(x_BTD)
+        return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+
+    def make_cache(self, batch_size: int, max_length: int) -> Cache:
+        """An empty cache on the model's device and in its dtype, for the main layers."""
+        return Cache([layer.make_cache(batch_size, max_length) for layer in self.layers])
+
+    def make_mtp_caches(self, batch_size: int, max_length: int) -> list[LayerCache]:
+        """An empty cache for each MTP module."""
+        return [module.block.make_cache(batch_size, max_length) for module in self.mtp.values()]
+
+    def mtp_logits(self, tokens_BT: Tensor) -> list[Tensor]:
+        """Logits of each depth k = 1, 2, ...: (B, T - k, V); position i predicts token i + 1 + k."""
+        x_BTD = self.hidden_states(tokens_BT)
+        return [self.logits(h_BtD) for h_BtD in self.mtp_hidden_states(x_BTD, tokens_BT)]
+
+    def mtp_hidden_states(self, x_BTD: Tensor, tokens_BT: Tensor) -> list[Tensor]:
+        """What the head reads at each depth k: (B, T - k, D), from `hidden_states` of the tokens."""
+        states = []
+        for k, module in enumerate(self.mtp.values(), start=1):
+            next_BtD = self.embed(tokens_BT[:, k:])
+            positions = new_positions([0], tokens_BT[:, k:])
+            x_BTD = module(x_BTD[:, : next_BtD.shape[1]], next_BtD, positions, None)
+            states.append(x_BTD)
+        return states
+
+    def check_tokens(self, tokens_BT: Tensor) -> None:
+        if tokens_BT.dim() != 2 or tokens_BT.dtype != torch.int64:
+            found = f"{tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}"
+            raise ValueError(f"tokens must be int64 of shape (batch, length), not {found}")
+        bad = (tokens_BT < 0) | (tokens_BT >= self.config.vocab_size)
+        if not tokens_BT.is_meta and bad.any():
+            row, position = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"token id {tokens_BT[row, position].item()} at position {position} of row {row} "
+                f"is outside the vocabulary of {self.config.vocab_size}"
+            )
+
+    @torch.no_grad()
+    def initialize(self, std: float, seed: int) -> None:
+        """Draw every matrix from a normal distribution; norms start at 1, biases at 0.
+
+        Projections that write to the residual stream get std / sqrt(2 layers) (GPT-2, section
+        2.3), so that its variance does not grow with depth.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        into_residual = std / (2 * len(self.layers)) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                writes = name.endswith(("attention.o.weight", "down", "down.weight"))
+                drawn = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(drawn * (into_residual if writes else std))
+
+
+def new_positions(lengths: list[int], tokens_BT: Tensor) -> Positions:
+    """The positions that new tokens take behind rows of these lengths."""
+    T, device = tokens_BT.shape[1], tokens_BT.device
+    rows = lengths[:1] if len(set(lengths)) == 1 else lengths
+    return Positions(torch.tensor(rows, device=device)[:, None] + torch.arange(T, device=device))

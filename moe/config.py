@@ -1,0 +1,81 @@
+"""What one sparse layer is, as data. Says what the architecture is, never whose it is."""
+
+from dataclasses import dataclass
+
+from .scoring import GROUP_SCORES, SCORING
+
+
+class ConfigError(ValueError):
+    """A configuration field has a value that no model can have; names field, value and rule."""
+
+
+def require(holds: bool, field: str, value: object, rule: str) -> None:
+    """Raise `ConfigError` naming `field`, `value` and `rule` unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{field} = {value!r}: {rule}")
+
+
+def require_int(field: str, value: object, *, at_least: int = 1) -> None:
+    """Raise `ConfigError` unless `value` is a whole number (and no bool) of at least `at_least`."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= at_least, field, value, f"must be a whole number >= {at_least}")  # type: ignore[operator]
+
+
+def require_choice(field: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless `value` is one of `known`."""
+    require(value in known, field, value, f"must be one of {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """One mixture-of-experts layer.
+
+    The order of the fields is the order of the computation: score, choose, weigh, run. Which
+    published model uses which value is known to `checkpoints.families` alone.
+    """
+
+    # routed experts
+    num_experts: int
+    top_k: int
+    expert_width: int  # hidden width F of one routed expert
+
+    # scoring
+    scoring: str  # "softmax" or "sigmoid": a key of scoring.SCORING
+    router_precision: str = "float32"  # of the router's matrix product: "float32" or "weights"
+
+    # choosing
+    selection_bias: bool = False  # a bias per expert that takes part in choosing, never in weighing
+    num_groups: int = 1  # experts in equal, consecutive groups; 1: no group limit
+    groups_kept: int = 1  # a token's experts come from this many groups
+    group_score: str = "max"  # "max" or "top2_sum": a key of scoring.GROUP_SCORES
+
+    # weighing
+    normalize: bool = False  # divide the chosen weights by their sum
+    normalize_epsilon: float = 0.0  # added to that sum
+    scale: float = 1.0  # multiplies the weights, normalised or not
+
+    # the expert that every token uses
+    shared_width: int = 0  # 0: none. Several shared experts are one of their summed width.
+
+    def __post_init__(self) -> None:
+        for field in ("num_experts", "top_k", "expert_width", "num_groups", "groups_kept"):
+            require_int(field, getattr(self, field))
+        require_int("shared_width", self.shared_width, at_least=0)
+        require_choice("scoring", self.scoring, tuple(SCORING))
+        require_choice("router_precision", self.router_precision, ("float32", "weights"))
+        require_choice("group_score", self.group_score, tuple(GROUP_SCORES))
+        experts, groups = self.num_experts, self.num_groups
+        require(self.top_k <= experts, "top_k", self.top_k, f"must be <= num_experts = {experts}")
+        divides = f"must divide num_experts = {experts}"
+        require(experts % groups == 0, "num_groups", groups, divides)
+        at_most = f"must be <= num_groups = {groups}"
+        require(self.groups_kept <= groups, "groups_kept", self.groups_kept, at_most)
+        reachable = self.groups_kept * (experts // groups)
+        fits = f"must be <= the {reachable} experts of {self.groups_kept} of {groups} groups"
+        require(self.top_k <= reachable, "top_k", self.top_k, fits)
+        pairs = groups == 1 or self.group_score != "top2_sum" or experts // groups >= 2
+        require(pairs, "group_score", self.group_score, "needs at least two experts in a group")
+        epsilon = self.normalize_epsilon
+        require(0 <= epsilon < 1, "normalize_epsilon", epsilon, "must be in [0, 1)")
+        finite = 0 < self.scale < float("inf")
+        require(finite, "scale", self.scale, "must be a positive, finite number")

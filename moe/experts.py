@@ -1,0 +1,88 @@
+"""Routed experts: a loop that reads like the paper, and its sorted, grouped twin.
+
+Both compute  y_n = sum_k weights[n, k] * FFN_{experts[n, k]}(x_n)  and have the same signature.
+The sum over a token's K experts runs in the precision of the weights (float32 at least) and is
+rounded once; transformers' eager loop rounds after every expert, which shows in bfloat16 only.
+
+Shapes: N tokens, D model width, E experts, K experts a token uses, F expert width, S = N * K
+(token, expert) pairs sorted by expert.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import MoEConfig
+from .feed_forward import swiglu
+from .routing import Routing
+
+
+def experts_loop(
+    x_ND: Tensor,
+    weights_NK: Tensor,
+    experts_NK: Tensor,
+    gate_EFD: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+) -> Tensor:
+    """Run each expert that was chosen on the tokens that chose it; returns (N, D)."""
+    y_NKD = x_ND.new_zeros(*experts_NK.shape, x_ND.shape[-1])
+    for expert in experts_NK.unique().tolist():
+        token, slot = torch.where(experts_NK == expert)
+        x_nD = x_ND[token]
+        hidden_nF = swiglu(F.linear(x_nD, gate_EFD[expert]), F.linear(x_nD, up_EFD[expert]))
+        y_NKD[token, slot] = F.linear(hidden_nF, down_EDF[expert])
+    return weigh(y_NKD, weights_NK)
+
+
+def experts_grouped(
+    x_ND: Tensor,
+    weights_NK: Tensor,
+    experts_NK: Tensor,
+    gate_EFD: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+) -> Tensor:
+    """Compute `experts_loop`, sorted so that each expert sees one contiguous slice of rows."""
+    (N, K), E = experts_NK.shape, gate_EFD.shape[0]
+    order_S = experts_NK.flatten().argsort(stable=True)
+    ends_E = torch.bincount(experts_NK.flatten(), minlength=E).cumsum(0).to(torch.int32)
+    x_SD = x_ND.index_select(0, order_S // K)
+    gate_SF = F.grouped_mm(x_SD, gate_EFD.mT, offs=ends_E)
+    up_SF = F.grouped_mm(x_SD, up_EFD.mT, offs=ends_E)
+    y_SD = F.grouped_mm(swiglu(gate_SF, up_SF), down_EDF.mT, offs=ends_E)
+    y_NKD = y_SD.index_select(0, order_S.argsort()).unflatten(0, (N, K))
+    return weigh(y_NKD, weights_NK)
+
+
+def weigh(y_NKD: Tensor, weights_NK: Tensor) -> Tensor:
+    """The weighted sum over each token's K expert outputs, in the weights' precision."""
+    return (y_NKD * weights_NK[..., None]).sum(dim=1).to(y_NKD.dtype)
+
+
+def grouping_pays(x_ND: Tensor, experts_NK: Tensor, gate_EFD: Tensor) -> bool:
+    """The rule that picks the twin: group once there are as many pairs as experts.
+
+    With fewer pairs the loop visits only the experts that were hit. `grouped_mm` itself takes
+    float32 and bfloat16 (not float64) and rows of whole 16-byte units.
+    """
+    rows_fit = all(w * x_ND.element_size() % 16 == 0 for w in gate_EFD.shape[1:])
+    supported = x_ND.dtype in (torch.float32, torch.bfloat16) and rows_fit
+    return supported and experts_NK.numel() >= gate_EFD.shape[0]
+
+
+class Experts(nn.Module):
+    """The weights of E routed experts, stacked: gate and up (E, F, D), down (E, D, F)."""
+
+    def __init__(self, d_model: int, config: MoEConfig) -> None:
+        super().__init__()
+        E, F_, D = config.num_experts, config.expert_width, d_model
+        self.gate = nn.Parameter(torch.empty(E, F_, D))
+        self.up = nn.Parameter(torch.empty(E, F_, D))
+        self.down = nn.Parameter(torch.empty(E, D, F_))
+
+    def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        weights_NK, experts_NK = routing.weights_NK, routing.experts_NK
+        grouped = grouping_pays(x_ND, experts_NK, self.gate)
+        run = experts_grouped if grouped else experts_loop
+        return run(x_ND, weights_NK, experts_NK, self.gate, self.up, self.down)

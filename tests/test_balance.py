@@ -1,0 +1,161 @@
+"""Balance: losses held to the papers' sums in plain Python, and the loss-free bias at work.
+
+Shapes: N tokens, E experts, K experts a token uses.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe import (
+    MoEConfig,
+    Routing,
+    expert_balance_loss,
+    expert_load,
+    route,
+    router_z_loss,
+    sequence_balance_loss,
+    updated_selection_bias,
+)
+
+quick = settings(deadline=None, max_examples=40)
+
+
+def make_routing(scores, experts):
+    """A `Routing` with these (N, E) scores and (N, K) experts."""
+    scores_NE, experts_NK = torch.as_tensor(scores), torch.as_tensor(experts)
+    return Routing(scores_NE.gather(1, experts_NK), experts_NK, scores_NE, scores_NE.logit())
+
+
+@st.composite
+def routings(draw):
+    """(routing, number of sequences): scores that need not sum to one, random choices."""
+    E, sequences = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    N, K = sequences * draw(st.integers(1, 5)), draw(st.integers(1, E))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    scores_NE = 0.01 + 0.9 * torch.rand(N, E, generator=generator, dtype=torch.float64)
+    experts_NK = torch.rand(N, E, generator=generator).argsort(dim=-1)[:, :K]
+    return make_routing(scores_NE, experts_NK), sequences
+
+
+def reference_loss(scores, experts):
+    """sum_i f_i P_i of one sequence (DeepSeek-V3, equations 17 to 20)."""
+    T, E, K = len(scores), len(scores[0]), len(experts[0])
+    total = 0.0
+    for i in range(E):
+        f = E / (K * T) * sum(i in chosen for chosen in experts)
+        P = sum(token[i] / sum(token) for token in scores) / T
+        total += f * P
+    return total
+
+
+@given(routings())
+@quick
+def test_the_balance_losses_are_the_papers_sums(case):
+    routing, sequences = case
+    scores, experts = routing.scores_NE.tolist(), routing.experts_NK.tolist()
+    assert expert_balance_loss(routing).item() == pytest.approx(reference_loss(scores, experts))
+    T = len(scores) // sequences
+    parts = [slice(b * T, (b + 1) * T) for b in range(sequences)]
+    expected = sum(reference_loss(scores[part], experts[part]) for part in parts) / sequences
+    assert sequence_balance_loss(routing, sequences).item() == pytest.approx(expected)
+
+
+@given(routings())
+@quick
+def test_the_sequence_loss_of_one_sequence_is_the_expert_loss(case):
+    routing, _ = case
+    torch.testing.assert_close(sequence_balance_loss(routing, 1), expert_balance_loss(routing))
+
+
+@given(routings())
+@quick
+def test_expert_load_counts_choices_relative_to_the_fair_share_and_sums_to_the_experts(case):
+    routing, _ = case
+    (N, K), E = routing.experts_NK.shape, routing.scores_NE.shape[1]
+    load_E = expert_load(routing)
+    flat = routing.experts_NK.flatten().tolist()
+    assert load_E.tolist() == pytest.approx([flat.count(e) * E / (N * K) for e in range(E)])
+    assert load_E.sum().item() == pytest.approx(E)
+    assert load_E.dtype == torch.float32
+
+
+def test_zero_tokens_load_no_expert():
+    routing = make_routing(torch.zeros(0, 3), torch.zeros(0, 2, dtype=torch.int64))
+    assert expert_load(routing).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_the_expert_loss_of_an_example_worked_out_by_hand():
+    # both tokens choose experts 0 and 1: loads 2 2 0 0; mean scores .375 .375 .125 .125
+    routing = make_routing([[0.5, 0.25, 0.25, 0.0], [0.25, 0.5, 0.0, 0.25]], [[0, 1], [1, 0]])
+    assert expert_load(routing).tolist() == [2.0, 2.0, 0.0, 0.0]
+    assert expert_balance_loss(routing).item() == 1.5
+
+
+def test_scores_are_normalized_per_token_before_their_mean():
+    # shares .75 .25 and .5 .5; raw scores would weigh the first token more
+    routing = make_routing([[0.75, 0.25], [0.125, 0.125]], [[0], [0]])
+    assert expert_balance_loss(routing).item() == 2 * 0.625
+
+
+def test_balance_over_the_batch_can_hide_imbalance_within_each_sequence():
+    # sequence 0 uses expert 0 alone and sequence 1 expert 1 alone
+    routing = make_routing([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], [[0], [0], [1], [1]])
+    assert expert_balance_loss(routing).item() == 1.0
+    assert sequence_balance_loss(routing, num_sequences=2).item() == 2.0
+
+
+@pytest.mark.parametrize("score", [0.25, 0.9])
+def test_uniform_routing_has_loss_one(score):
+    routing = make_routing(torch.full((4, 4), score), [[0, 1], [2, 3], [1, 2], [3, 0]])
+    assert expert_balance_loss(routing).item() == pytest.approx(1.0)
+    assert sequence_balance_loss(routing, num_sequences=2).item() == pytest.approx(1.0)
+
+
+def test_agreement_on_the_same_experts_has_loss_experts_over_chosen():
+    routing = make_routing([[0.5, 0.5, 0.0, 0.0, 0.0, 0.0]] * 3, [[0, 1]] * 3)
+    assert expert_balance_loss(routing).item() == 6 / 2
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_the_gradient_of_the_expert_loss_lowers_the_overloaded_experts_logits(scoring):
+    logits_NE = torch.tensor([[3.0, 0.0, 0.0, 0.1], [3.0, 0.0, 0.1, 0.0]], requires_grad=True)
+    config = MoEConfig(num_experts=4, top_k=1, expert_width=1, scoring=scoring)
+    expert_balance_loss(route(logits_NE, config)).backward()
+    assert (logits_NE.grad[:, 0] > 0).all()
+    assert (logits_NE.grad[:, 1:] < 0).all()
+
+
+def test_the_z_loss_is_the_mean_squared_log_of_the_summed_exponentials():
+    # exponentials sum to 4 and to e: log(4)^2 and 1
+    logits_NE = torch.tensor([[math.log(1), math.log(3)], [1 - math.log(2)] * 2])
+    logits_NE.requires_grad_()
+    routing = Routing(logits_NE, torch.zeros(2, 1, dtype=torch.int64), logits_NE, logits_NE)
+    loss = router_z_loss(routing)
+    assert loss.item() == pytest.approx((math.log(4) ** 2 + 1) / 2)
+    loss.backward()
+    assert (logits_NE.grad > 0).all()
+
+
+def test_the_bias_moves_by_the_rate_up_for_idle_and_down_for_busy_experts():
+    bias_E, load_E = torch.tensor([10.0, 0.0, -1.0, 0.5]), torch.tensor([1.75, 0.0, 1.0, 1.25])
+    moved_E = updated_selection_bias(bias_E, load_E, rate=0.25)
+    assert moved_E.tolist() == [9.75, 0.25, -1.0, 0.25]
+    assert bias_E.tolist() == [10.0, 0.0, -1.0, 0.5]
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_repeated_bias_updates_bring_a_skewed_router_to_its_fair_share(scoring):
+    config = MoEConfig(num_experts=8, top_k=2, expert_width=1, scoring=scoring)
+    generator = torch.Generator().manual_seed(0)
+    logits_NE = torch.randn(2000, 8, generator=generator) + torch.linspace(-1.0, 1.0, 8)
+    bias_E = torch.zeros(8)
+    assert expert_load(route(logits_NE, config, bias_E)).max() > 2
+    for _ in range(500):
+        load_E = expert_load(route(logits_NE, config, bias_E))
+        bias_E = updated_selection_bias(bias_E, load_E, rate=0.001)
+    load_E = expert_load(route(logits_NE, config, bias_E))
+    assert (load_E - 1).abs().max() < 0.05

@@ -1,0 +1,210 @@
+"""Routed experts: the loop against plain Python, the grouped twin against the loop.
+
+Shapes: N tokens, D model width, E experts, K experts a token uses, F expert width.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe.experts
+from moe import Experts, MoEConfig, Routing, experts_grouped, experts_loop
+from moe.experts import grouping_pays, weigh
+
+quick = settings(deadline=None, max_examples=40)
+TWINS = [experts_loop, experts_grouped]
+
+
+def make_inputs(N, E, K, D=8, F=4, seed=0, dtype=torch.float32):
+    """(x_ND, weights_NK, experts_NK, gate_EFD, up_EFD, down_EDF), a token's experts distinct."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    experts_NK = torch.rand(N, E, generator=generator).argsort(dim=-1)[:, :K]
+    stacks = normal(E, F, D), normal(E, F, D), normal(E, D, F)
+    return normal(N, D), normal(N, K), experts_NK, *stacks
+
+
+def reference_experts(x_ND, weights_NK, experts_NK, gate_EFD, up_EFD, down_EDF):
+    """y_n = sum_k weight * down(silu(gate x) * up x) on nested lists, one number at a time."""
+
+    def multiply(matrix, vector):
+        return [sum(w * v for w, v in zip(row, vector, strict=True)) for row in matrix]
+
+    lists = [t.tolist() for t in (x_ND, weights_NK, experts_NK, gate_EFD, up_EFD, down_EDF)]
+    y = []
+    for x, weights, experts in zip(*lists[:3], strict=True):
+        total = [0.0] * len(x)
+        for weight, expert in zip(weights, experts, strict=True):
+            gate, up = (multiply(stack[expert], x) for stack in lists[3:5])
+            hidden = [g / (1 + math.exp(-g)) * u for g, u in zip(gate, up, strict=True)]
+            output = multiply(lists[5][expert], hidden)
+            total = [t + weight * o for t, o in zip(total, output, strict=True)]
+        y.append(total)
+    return torch.tensor(y, dtype=torch.float64).reshape(x_ND.shape)
+
+
+@st.composite
+def sizes(draw, widths):
+    N, E = draw(st.integers(0, 20)), draw(st.integers(1, 8))
+    D, F = draw(st.sampled_from(widths)), draw(st.sampled_from(widths))
+    K, seed = draw(st.integers(1, E)), draw(st.integers(0, 2**32))
+    return {"N": N, "E": E, "K": K, "D": D, "F": F, "seed": seed}
+
+
+@given(sizes(widths=[1, 2, 3, 5]))
+@settings(deadline=None, max_examples=25)
+def test_the_loop_computes_the_plain_per_token_sum(size):
+    inputs = make_inputs(**size, dtype=torch.float64)
+    torch.testing.assert_close(experts_loop(*inputs), reference_experts(*inputs))
+
+
+@given(sizes(widths=[4, 8, 12]))
+@quick
+def test_grouped_equals_the_loop_in_values_and_in_every_gradient(size):
+    inputs = make_inputs(**size)
+    learned = [tensor.requires_grad_() for i, tensor in enumerate(inputs) if i != 2]
+    cotangent_ND = torch.randn(size["N"], size["D"])
+    results = []
+    for run in TWINS:
+        y_ND = run(*inputs)
+        # The loop does not touch the weights of an expert without tokens; grouped gives zeros.
+        gradients = torch.autograd.grad(
+            y_ND, learned, cotangent_ND, allow_unused=True, materialize_grads=True
+        )
+        results.append((y_ND, *gradients))
+    for loop, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, loop, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("run", TWINS)
+@pytest.mark.parametrize("N", [0, 1, 7])
+def test_both_twins_compute_the_plain_sum_with_experts_that_no_token_chose(run, N):
+    x_ND, weights_NK, _, *stacks = make_inputs(N, E=6, K=2)
+    experts_NK = torch.tensor([[4, 1]]).expand(N, 2)
+    y_ND = run(x_ND, weights_NK, experts_NK, *stacks)
+    expected_ND = reference_experts(x_ND, weights_NK, experts_NK, *stacks)
+    assert y_ND.shape == (N, 8)
+    torch.testing.assert_close(y_ND.double(), expected_ND, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("run", TWINS)
+def test_an_expert_that_no_token_chose_gets_no_gradient(run):
+    inputs = make_inputs(N=3, E=4, K=1)
+    inputs[2][:] = 2
+    for stack_EFD in inputs[3:]:
+        stack_EFD.requires_grad_()
+    run(*inputs).square().sum().backward()
+    for stack_EFD in inputs[3:]:
+        assert [bool(g.any()) for g in stack_EFD.grad] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("run", TWINS)
+def test_all_experts_equally_weighted_are_the_mean_of_dense_experts(run):
+    x_ND, _, _, gate_EFD, up_EFD, down_EDF = make_inputs(N=5, E=4, K=4)
+    experts_NK = torch.stack([torch.randperm(4) for _ in range(5)])
+    weights_NK = torch.full((5, 4), 0.25)
+    gate_ENF, up_ENF = (x_ND @ stack_EFD.mT for stack_EFD in (gate_EFD, up_EFD))
+    dense_END = (gate_ENF * gate_ENF.sigmoid() * up_ENF) @ down_EDF.mT
+    y_ND = run(x_ND, weights_NK, experts_NK, gate_EFD, up_EFD, down_EDF)
+    torch.testing.assert_close(y_ND, dense_END.mean(dim=0))
+
+
+@pytest.mark.parametrize("run", TWINS)
+def test_gate_goes_through_silu_and_up_does_not(run):
+    x_ND, one_N1, experts_N1 = torch.eye(4)[:1], torch.ones(1, 1), torch.zeros(1, 1, dtype=int)
+    gate_EFD, up_EFD, down_EDF = 2 * torch.eye(4)[None], 3 * torch.eye(4)[None], torch.eye(4)[None]
+    y_ND = run(x_ND, one_N1, experts_N1, gate_EFD, up_EFD, down_EDF)
+    # silu(2) * 3 = 2 / (1 + e^-2) * 3; the other way round it would be silu(3) * 2 = 5.7154
+    torch.testing.assert_close(y_ND, torch.tensor([[5.284782, 0.0, 0.0, 0.0]]))
+
+
+def test_the_loop_has_the_gradients_of_finite_differences():
+    x_ND, weights_NK, experts_NK, *stacks = make_inputs(4, 3, 2, D=2, F=3, dtype=torch.float64)
+    learned = [t.requires_grad_() for t in (x_ND, weights_NK, *stacks)]
+
+    def run(x_ND, weights_NK, *stacks):
+        return experts_loop(x_ND, weights_NK, experts_NK, *stacks)
+
+    assert torch.autograd.gradcheck(run, learned)
+
+
+def test_grouped_stays_close_to_the_loop_in_bfloat16_and_returns_bfloat16():
+    x_ND, weights_NK, experts_NK, *stacks = make_inputs(N=20, E=5, K=3, D=16, F=8)
+    low = [tensor.bfloat16() for tensor in (x_ND, *stacks)]
+    loop_ND, grouped_ND = (run(low[0], weights_NK, experts_NK, *low[1:]) for run in TWINS)
+    assert loop_ND.dtype == grouped_ND.dtype == torch.bfloat16
+    torch.testing.assert_close(grouped_ND, loop_ND, rtol=0.02, atol=0.02 * loop_ND.std().item())
+    exact_ND = reference_experts(low[0], weights_NK, experts_NK, *low[1:])
+    error_ND = (loop_ND.double() - exact_ND).abs()
+    assert error_ND.max() < 0.02 * exact_ND.abs().max()
+
+
+def test_a_tokens_experts_are_summed_in_the_weights_precision_and_rounded_once():
+    # In bfloat16 256 + 1 is 256, so rounding after every expert would lose both ones.
+    y_NKD = torch.tensor([[[256.0], [1.0], [1.0]]], dtype=torch.bfloat16)
+    y_ND = weigh(y_NKD, torch.ones(1, 3))
+    assert y_ND.dtype == torch.bfloat16
+    assert y_ND.item() == 258.0
+
+
+@pytest.mark.parametrize(
+    ("pays", "because", "dtype", "N", "D", "F"),
+    [
+        (True, "there are as many pairs as experts", torch.float32, 3, 8, 4),
+        (True, "there are as many pairs as experts", torch.bfloat16, 3, 16, 8),
+        (False, "there are fewer pairs than experts", torch.float32, 2, 8, 4),
+        (False, "there are no pairs", torch.float32, 0, 8, 4),
+        (False, "float64 has no grouped product", torch.float64, 3, 8, 4),
+        (False, "this rule names no float16", torch.float16, 3, 16, 8),
+        (False, "rows of x are no whole 16 bytes", torch.float32, 3, 6, 4),
+        (False, "hidden rows are no whole 16 bytes", torch.float32, 3, 8, 5),
+        (False, "rows of x are no whole 16 bytes", torch.bfloat16, 3, 12, 8),
+        (False, "hidden rows are no whole 16 bytes", torch.bfloat16, 3, 16, 4),
+    ],
+)
+def test_grouping_pays_only_where_it_can_run_and_has_enough_pairs(pays, because, dtype, N, D, F):
+    x_ND, weights_NK, experts_NK, *stacks = make_inputs(N, 6, 2, D, F)
+    x_ND, *stacks = (tensor.to(dtype) for tensor in (x_ND, *stacks))
+    assert grouping_pays(x_ND, experts_NK, stacks[0]) is pays, because
+    if pays:
+        assert experts_grouped(x_ND, weights_NK, experts_NK, *stacks).shape == (N, D)
+
+
+def make_experts(dtype=torch.float32):
+    """(experts, x_ND, routing, what they give) with 5 tokens, 4 experts and 2 chosen."""
+    x_ND, weights_NK, experts_NK, *stacks = make_inputs(N=5, E=4, K=2)
+    config = MoEConfig(num_experts=4, top_k=2, expert_width=4, scoring="softmax")
+    experts = Experts(8, config)
+    experts.gate.data, experts.up.data, experts.down.data = stacks
+    nothing_NE = torch.zeros(5, 4)
+    routing = Routing(weights_NK.to(dtype), experts_NK, nothing_NE, nothing_NE)
+    expected_ND = reference_experts(x_ND, weights_NK, experts_NK, *stacks)
+    return experts.to(dtype), x_ND.to(dtype), routing, expected_ND
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-6), (torch.float16, 2e-2)]
+)
+def test_experts_compute_the_plain_sum_in_every_dtype(dtype, tolerance):
+    experts, x_ND, routing, expected_ND = make_experts(dtype)
+    y_ND = experts(x_ND, routing)
+    assert y_ND.dtype == dtype
+    torch.testing.assert_close(y_ND.double(), expected_ND, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "twin"), [(torch.float32, "experts_grouped"), (torch.float64, "experts_loop")]
+)
+def test_experts_run_the_twin_that_the_rule_picks(dtype, twin, monkeypatch):
+    experts, x_ND, routing, _ = make_experts(dtype)
+    ran = []
+    for name in ("experts_loop", "experts_grouped"):
+        monkeypatch.setattr(moe.experts, name, lambda *inputs, name=name: ran.append(name))
+    experts(x_ND, routing)
+    assert ran == [twin]

@@ -1,0 +1,88 @@
+"""Training losses: which token a position answers for, which tokens count, how depths add up."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import random_tokens
+
+from modeling import mtp_loss, next_token_loss
+
+V, D = 9, 6
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def plain_loss(states_BTD, head_VD, tokens_BT, ahead, mask_BT=None) -> float:
+    """One position after the other: minus the log-probability of the token `ahead` of it."""
+    losses = []
+    for b, tokens_T in enumerate(tokens_BT.tolist()):
+        for i in range(min(states_BTD.shape[1], len(tokens_T) - ahead)):
+            if mask_BT is None or mask_BT[b, i + ahead]:
+                logits = (head_VD @ states_BTD[b, i]).tolist()
+                total = math.log(sum(math.exp(logit) for logit in logits))
+                losses.append(total - logits[tokens_T[i + ahead]])
+    return sum(losses) / len(losses)
+
+
+@given(
+    batch=st.integers(1, 3), length=st.integers(5, 8), ahead=st.integers(1, 4), seed=st.integers(0, 99)
+)
+def test_position_i_answers_for_the_token_so_far_ahead(batch, length, ahead, seed):
+    tokens_BT, head_VD = random_tokens(batch, length, V, seed), noise(V, D, seed=seed)
+    for positions in (length, length - ahead + 1, length - ahead):
+        states_BTD = noise(batch, positions, D, seed=seed + 1)
+        actual = next_token_loss(states_BTD, head_VD, tokens_BT, ahead).item()
+        assert actual == pytest.approx(plain_loss(states_BTD, head_VD, tokens_BT, ahead), rel=1e-9)
+
+
+@given(ahead=st.integers(1, 3), seed=st.integers(0, 99))
+def test_only_masked_targets_count(ahead, seed):
+    tokens_BT, head_VD, states_BTD = random_tokens(2, 8, V, seed), noise(V, D), noise(2, 8, D)
+    mask_BT = noise(2, 8, seed=seed) > 0
+    mask_BT[0, 5] = True
+    actual = next_token_loss(states_BTD, head_VD, tokens_BT, ahead, mask_BT).item()
+    expected = plain_loss(states_BTD, head_VD, tokens_BT, ahead, mask_BT)
+    assert actual == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_uniform_guess_costs_the_logarithm_of_the_vocabulary():
+    loss = next_token_loss(noise(2, 5, D), torch.zeros(V, D).double(), random_tokens(2, 5, V))
+    assert loss.item() == pytest.approx(math.log(V), rel=1e-12)
+
+
+def test_the_gradient_is_softmax_minus_target():
+    tokens_BT, head_VD = random_tokens(1, 4, V), noise(V, D)
+    states_BTD = noise(1, 4, D).requires_grad_(True)
+    next_token_loss(states_BTD, head_VD, tokens_BT).backward()
+    for i in range(3):
+        error_V = (head_VD @ states_BTD[0, i].detach()).softmax(dim=-1)
+        error_V[tokens_BT[0, i + 1]] -= 1
+        torch.testing.assert_close(states_BTD.grad[0, i], error_V @ head_VD / 3)
+    assert not states_BTD.grad[0, 3].any()  # its target lies behind the last token
+
+
+@pytest.mark.parametrize("weights", [[0.3], [0.3, 0.1], [0.5, 0.0, 2.0]])
+@pytest.mark.parametrize("masked", [True, False])
+def test_depths_add_up_by_their_weights(weights, masked):
+    tokens_BT, head_VD = random_tokens(2, 8, V), noise(V, D)
+    mask_BT = noise(2, 8) > -0.5 if masked else None
+    depths = [noise(2, 8 - k, D, seed=k) for k in range(1, len(weights) + 1)]
+    expected = sum(
+        weight * plain_loss(states_BTD, head_VD, tokens_BT, 1 + k, mask_BT)
+        for k, (weight, states_BTD) in enumerate(zip(weights, depths, strict=True), start=1)
+    )
+    actual = mtp_loss(depths, head_VD, tokens_BT, weights, mask_BT).item()
+    assert actual == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("weights", [[], [0.3], [0.3, 0.2, 0.1]])
+def test_another_number_of_weights_than_depths_is_refused(weights):
+    depths = [noise(1, 7, D), noise(1, 6, D)]
+    with pytest.raises(ValueError, match=f"{len(weights)} depth weights for 2 MTP depths"):
+        mtp_loss(depths, noise(V, D), random_tokens(1, 8, V), weights)

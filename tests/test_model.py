@@ -1,0 +1,200 @@
+"""The transformer: one code path for every way of feeding tokens, and what it refuses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import YARN, gqa, mla, model_config, plain_states, random_tokens, rope, transformer
+from torch.nn import functional as F
+
+from modeling import DenseConfig, LayerConfig, Transformer, mtp_loss, next_token_loss
+
+STRETCHED = rope(yarn=YARN, amplitude=1.3, softmax_multiplier=1.4)
+MODELS = {
+    "mla": transformer(model_config(mla())),
+    "mla without query compression": transformer(model_config(mla(query_rank=None, bias=False))),
+    "mla with yarn": transformer(model_config(mla(rope=STRETCHED))),
+    "gqa": transformer(model_config(gqa())),
+    "gqa with yarn": transformer(model_config(gqa(rope=STRETCHED))),
+}
+every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+LENGTH = 7
+
+
+def close(actual, expected, tolerance=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@every_model
+def test_logits_are_the_equations_of_the_papers(model):
+    tokens_BT = random_tokens(2, LENGTH)
+    expected = torch.stack([plain_states(model, tokens_T) for tokens_T in tokens_BT])
+    close(model.hidden_states(tokens_BT), expected, 1e-4)
+    close(model(tokens_BT), model.hidden_states(tokens_BT) @ model.head.weight.T)
+
+
+@every_model
+@given(cuts=st.sets(st.integers(1, LENGTH - 1)), batch=st.integers(1, 3))
+def test_cached_logits_equal_uncached_ones_for_every_way_of_cutting(model, cuts, batch):
+    tokens_BT = random_tokens(batch, LENGTH)
+    cache = model.make_cache(batch, LENGTH)
+    pieces = tokens_BT.tensor_split(sorted(cuts), dim=1)
+    logits_BTV = torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
+    close(logits_BTV, model(tokens_BT))
+    assert cache.lengths == [LENGTH] * batch
+
+
+@every_model
+@given(
+    prompts=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    kept=st.lists(st.integers(1, 3), min_size=4, max_size=4),
+)
+def test_rows_of_unequal_lengths_in_one_cache_equal_single_runs(model, prompts, kept):
+    """Prompts padded on the right and cut back, then three tokens of which some are taken back,
+    then two more."""
+    rows, longest, kept = len(prompts), max(prompts), kept[: len(prompts)]
+    texts = [random_tokens(1, 10, seed=row)[0] for row in range(rows)]
+    cache = model.make_cache(rows, longest + 5)
+    padded = [F.pad(text[:length], (0, longest - length)) for text, length in zip(texts, prompts)]
+    logits = [model(torch.stack(padded), cache=cache)]
+    cache.truncate(prompts)
+    for lengths, new in ((prompts, 3), ([p + k for p, k in zip(prompts, kept)], 2)):
+        cache.truncate(lengths)
+        following = [text[length : length + new] for text, length in zip(texts, lengths)]
+        logits.append(model(torch.stack(following), cache=cache))
+    for row, text in enumerate(texts):
+        p, k = prompts[row], kept[row]
+        alone_TV = model(text[None, : p + k + 2])[0]
+        close(logits[0][row, :p], alone_TV[:p])
+        close(logits[1][row, :k], alone_TV[p : p + k])
+        close(logits[2][row], alone_TV[p + k :])
+
+
+@every_model
+def test_a_row_does_not_depend_on_its_neighbours(model):
+    tokens_BT = random_tokens(3, LENGTH)
+    others_BT = torch.cat([tokens_BT[:1], random_tokens(2, LENGTH, seed=1)])
+    close(model(tokens_BT)[0], model(others_BT)[0], 1e-12)
+    close(model(tokens_BT)[0], model(tokens_BT[:1])[0], 1e-12)
+
+
+@every_model
+def test_no_position_sees_its_future(model):
+    tokens_BT = random_tokens(2, LENGTH)
+    for t in range(1, LENGTH):
+        changed_BT = tokens_BT.clone()
+        changed_BT[:, t:] = (changed_BT[:, t:] + 5) % 23
+        before, after = model(tokens_BT), model(changed_BT)
+        close(after[:, :t], before[:, :t], 1e-12)
+        assert (after[:, t:] - before[:, t:]).abs().amax(dim=-1).min() > 1e-6
+
+
+@every_model
+def test_every_position_sees_its_past(model):
+    """The last logits change with the first token, so the test above cannot pass by blindness."""
+    tokens_BT = random_tokens(1, LENGTH)
+    changed_BT = tokens_BT.clone()
+    changed_BT[:, 0] = (changed_BT[:, 0] + 5) % 23
+    assert (model(tokens_BT) - model(changed_BT))[0, -1].abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("model_dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_logits_are_float32_at_least(model_dtype):
+    model = transformer(model_config(mla(), mtp=1), model_dtype)
+    expected = torch.float64 if model_dtype == torch.float64 else torch.float32
+    tokens_BT = random_tokens(1, 4)
+    assert model(tokens_BT).dtype == expected
+    assert model.mtp_logits(tokens_BT)[0].dtype == expected
+    assert model.make_cache(1, 4).layers[0].buffers[0].dtype == model_dtype
+
+
+@given(kept=st.integers(1, LENGTH))
+def test_logits_to_keep_leaves_the_last_positions(kept):
+    model, tokens_BT = MODELS["mla"], random_tokens(2, LENGTH)
+    close(model(tokens_BT, logits_to_keep=kept), model(tokens_BT)[:, LENGTH - kept :])
+    cache = model.make_cache(2, LENGTH)
+    close(model(tokens_BT, cache, logits_to_keep=kept), model(tokens_BT)[:, LENGTH - kept :])
+    assert cache.length == LENGTH
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_are_one_tensor(tied):
+    model = Transformer(model_config(mla(), tied_embeddings=tied))
+    assert (model.head.weight is model.embed.weight) == tied
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    untied = sum(p.numel() for p in Transformer(model_config(mla())).parameters())
+    assert untied - counted == (23 * 11 if tied else 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "told"),
+    [
+        (torch.tensor([[1, 2], [3, 23]]), ["23", "position 1", "row 1"]),
+        (torch.tensor([[1, 2, 3], [4, -1, 6]]), ["-1", "position 1", "row 1"]),
+        (torch.tensor([[1, 2]], dtype=torch.int32), ["int64", "int32"]),
+        (torch.tensor([[1.0, 2.0]]), ["int64", "float32"]),
+        (torch.tensor([1, 2]), ["(batch, length)", "(2,)"]),
+        (torch.zeros(1, 2, 3, dtype=torch.int64), ["(batch, length)", "(1, 2, 3)"]),
+    ],
+    ids=["too large", "negative", "int32", "float", "one dimension", "three dimensions"],
+)
+def test_bad_tokens_are_refused_by_name_and_place(tokens, told):
+    model = MODELS["mla"]
+    cache = model.make_cache(len(tokens), 8)
+    for call in (model, model.mtp_logits, lambda tokens: model(tokens, cache=cache)):
+        with pytest.raises(ValueError, match="token") as caught:
+            call(tokens)
+        assert all(word in str(caught.value) for word in told)
+    assert cache.length == 0
+
+
+def test_initialize_is_seeded_finite_and_touches_every_parameter():
+    def initialized(seed):
+        model = Transformer(model_config(mla(), mtp=2))
+        for parameter in model.parameters():
+            parameter.detach().fill_(float("nan"))
+        model.initialize(std=0.02, seed=seed)
+        return model.state_dict()
+
+    first, same, other = initialized(1), initialized(1), initialized(2)
+    assert all(tensor.isfinite().all() for tensor in first.values())
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    drawn = [name for name, tensor in first.items() if tensor.dim() > 1]
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
+    assert all((first[name] == 1).all() for name in first if name.endswith("norm.weight"))
+    assert all((first[name] == 0).all() for name in first if name.endswith("bias"))
+
+
+def test_initialize_narrows_what_writes_to_the_residual_stream():
+    wide = replace(model_config(mla()), d_model=200)
+    model = Transformer(wide)
+    model.initialize(std=0.5, seed=0)
+    narrow = 0.5 / (2 * 3) ** 0.5
+    first, second, _ = model.layers
+    for into in (first.attention.o, first.feed_forward.down, second.feed_forward.shared.down):
+        assert into.weight.std().item() == pytest.approx(narrow, rel=0.05)
+    assert second.feed_forward.experts.down.std().item() == pytest.approx(narrow, rel=0.05)
+    for other in (model.embed, first.attention.kv_compress, second.feed_forward.router):
+        assert other.weight.std().item() == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("attention", [mla(), mla(query_rank=None), gqa()])
+def test_every_parameter_receives_a_gradient_from_the_losses(attention):
+    model = transformer(model_config(attention, mtp=2)).requires_grad_(True)
+    tokens_BT = random_tokens(4, 12)
+    x_BTD = model.hidden_states(tokens_BT)
+    depths = model.mtp_hidden_states(x_BTD, tokens_BT)
+    loss = next_token_loss(x_BTD, model.head.weight, tokens_BT)
+    (loss + mtp_loss(depths, model.head.weight, tokens_BT, [0.3, 0.1])).backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_a_model_on_the_meta_device_runs_without_memory():
+    dense = LayerConfig(attention=gqa(), feed_forward=DenseConfig(width=10))
+    with torch.device("meta"):
+        model = Transformer(model_config(gqa(), layers=(dense, dense)))
+        tokens_BT = torch.zeros(2, 5, dtype=torch.int64)
+    assert model(tokens_BT).shape == (2, 5, 23)

@@ -1,0 +1,85 @@
+"""Text to train on: reading, holding out, the vocabulary, and which tokens each step sees.
+
+Shapes: N tokens of the text, B sequences, T positions.
+"""
+
+import io
+import lzma
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch import Tensor
+
+DOCUMENT_END = "\n\n\n"  # documents are separated by two blank lines
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, decompressed if its name ends in .xz."""
+    opened = lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb")
+    try:
+        with opened as file:
+            return file.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path}: cannot decompress ({error})") from None
+
+
+def hold_out(text: str, num_documents: int) -> tuple[str, str]:
+    """(training text, held-out text): the last `num_documents` documents are held out."""
+    documents = text.split(DOCUMENT_END)
+    if not 0 <= num_documents < len(documents):
+        raise ValueError(
+            f"the text has {len(documents)} documents (separated by two blank lines): "
+            f"cannot hold out {num_documents}"
+        )
+    split = len(documents) - num_documents
+    return DOCUMENT_END.join(documents[:split]), DOCUMENT_END.join(documents[split:])
+
+
+def train_vocabulary(text: str, num_pieces: int) -> bytes:
+    """A sentencepiece model: byte-pair pieces, bytes for what they cannot spell.
+
+    Nothing is normalised away, so decoding gives the text back to the letter; line ends and
+    paragraph ends are pieces of their own.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for line in text.split("\n") if line),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=num_pieces,
+        byte_fallback=True,
+        user_defined_symbols=["\n", "\n\n"],
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        split_digits=True,
+        max_sentence_length=1_000_000,
+        minloglevel=1,
+    )
+    return model.getvalue()
+
+
+def windows(num_tokens: int, length: int, seed: int, epoch: int) -> Tensor:
+    """Where each training sequence of an epoch begins, shuffled.
+
+    The sequences tile the text from a random offset on, so every epoch cuts it elsewhere.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    offset = int(torch.randint(length, (), generator=generator))
+    starts = torch.arange(offset, num_tokens - length + 1, length)
+    return starts[torch.randperm(len(starts), generator=generator)]
+
+
+def batch(tokens_N: Tensor, step: int, batch_size: int, length: int, seed: int) -> Tensor:
+    """The (B, T) tokens of a step: a pure function, so a resumed run sees the same text."""
+    per_epoch = (len(tokens_N) - length) // length // batch_size
+    if per_epoch < 1:
+        raise ValueError(
+            f"{len(tokens_N)} tokens of text are too few for a batch of {batch_size} x {length}"
+        )
+    epoch, index = divmod(step, per_epoch)
+    starts_B = windows(len(tokens_N), length, seed, epoch)[index * batch_size :][:batch_size]
+    return tokens_N[starts_B[:, None] + torch.arange(length)]
