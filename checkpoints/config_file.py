@@ -50,14 +50,21 @@ class Fields:
     optional default; without one the key is required. A null counts as absent.
     """
 
-    def __init__(self, raw: Mapping[str, Any], where: str = "config.json") -> None:
+    def __init__(self, raw: Mapping[str, Any], where: str = "") -> None:
         self.raw, self.where = raw, where
         self.asked: set[str] = set()
 
-    def integer(self, *keys: str, default: int | None = None, at_least: int = 1) -> int:
+    def integer(
+        self,
+        *keys: str,
+        default: int | None = None,
+        at_least: int = 1,
+        at_most: int = 2**40,
+    ) -> int:
         key, value = self.find(keys, default)
         whole = isinstance(value, int) and not isinstance(value, bool)
-        self.check(whole and value >= at_least, key, value, f"a whole number >= {at_least}")
+        expected = f"a whole number from {at_least} to {at_most}"
+        self.check(whole and at_least <= value <= at_most, key, value, expected)
         return value
 
     def number(self, *keys: str, default: float | None = None) -> float:
@@ -83,7 +90,7 @@ class Fields:
         """The object under the first of `keys` that is present; None if none is."""
         key, value = self.find(keys, {})
         self.check(isinstance(value, dict), key, value, "an object")
-        return Fields(value, f"{self.where}: {key}") if value else None
+        return Fields(value, f"{self.where}{key}.") if value else None
 
     def has(self, *keys: str) -> bool:
         self.asked.update(keys)
@@ -99,9 +106,9 @@ class Fields:
             if self.raw.get(key) is not None:
                 return key, self.raw[key]
         if default is None:
-            raise ConfigError(f"{self.where}: {' or '.join(keys)} is missing")
+            raise ConfigError(f"{self.where}{' or '.join(keys)} is missing")
         return keys[0], default
 
     def check(self, holds: bool, key: str, value: Any, expected: str) -> None:
         if not holds:
-            raise ConfigError(f"{self.where}: {key} = {value!r}, expected {expected}")
+            raise ConfigError(f"{self.where}{key} = {value!r}, expected {expected}")

@@ -1,4 +1,53 @@
-import argparse, sys
-from . import train
-p=argparse.ArgumentParser(); s=p.add_subparsers(); q=s.add_parser("train"); train.add_arguments(q); q.set_defaults(run=train.run)
-a=p.parse_args(); sys.exit(a.run(a))
+"""python -m tools COMMAND: the command line. One file per command; `--help` lists them.
+
+The answer goes to stdout, everything else to stderr. Exit codes: 0, 1 (a check found something),
+2 (wrong input, one line that says what), 130 (interrupted).
+"""
+
+import argparse
+import os
+import sys
+import warnings
+
+from . import describe, generate, make_tiny, train
+
+COMMANDS = {
+    "generate": generate,
+    "describe": describe,
+    "make-tiny": make_tiny,
+    "train": train,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools", description="Abacus from a terminal.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").split(": ", 1)[1].split("\n")[0]
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # whoever read stdout has closed it; keep Python from flushing into it on exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

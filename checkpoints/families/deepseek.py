@@ -9,6 +9,7 @@ from modeling import DenseConfig, LayerConfig, MLAConfig, ModelConfig, RopeConfi
 from moe import MoEConfig
 
 from ..config_file import Fields
+from ..mapping import Family, Rule
 
 
 def deepseek_v2(fields: Fields) -> ModelConfig:
@@ -64,8 +65,8 @@ def shared_width(fields: Fields) -> int:
 def model_config(fields: Fields, moe: MoEConfig, interleaved: bool) -> ModelConfig:
     """What V2 and V3 share: MLA, leading dense layers, the names of the sizes."""
     fields.choice("hidden_act", known=["silu"], default="silu")
-    fields.integer("moe_layer_freq", default=1)
-    num_layers = fields.integer("num_hidden_layers")
+    fields.integer("moe_layer_freq", default=1, at_most=1)
+    num_layers = fields.integer("num_hidden_layers", at_most=1000)
     num_dense = fields.integer("first_k_dense_replace", at_least=0)
     attention = MLAConfig(
         num_heads=fields.integer("num_attention_heads"),
@@ -83,7 +84,8 @@ def model_config(fields: Fields, moe: MoEConfig, interleaved: bool) -> ModelConf
         feed_forward=DenseConfig(width=fields.integer("intermediate_size")),
     )
     sparse = LayerConfig(attention=attention, feed_forward=moe)
-    num_mtp = fields.integer("num_nextn_predict_layers", "num_mtp_layers", default=0, at_least=0)
+    mtp_keys = ("num_nextn_predict_layers", "num_mtp_layers")
+    num_mtp = fields.integer(*mtp_keys, default=0, at_least=0, at_most=1000)
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         d_model=fields.integer("hidden_size"),
@@ -132,3 +134,73 @@ def rope_config(fields: Fields, layout: str) -> RopeConfig:
 def g(mscale: float, factor: float) -> float:
     """YaRN's temperature: 0.1 * mscale * ln(factor) + 1."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+BLOCK = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.q.weight": "self_attn.q_proj.weight",
+    "attention.q.compress.weight": "self_attn.q_a_proj.weight",
+    "attention.q.compress.bias": "self_attn.q_a_proj.bias",
+    "attention.q.norm.weight": "self_attn.q_a_layernorm.weight",
+    "attention.q.expand.weight": "self_attn.q_b_proj.weight",
+    "attention.kv_compress.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "attention.kv_compress.bias": "self_attn.kv_a_proj_with_mqa.bias",
+    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
+    "attention.kv_expand.weight": "self_attn.kv_b_proj.weight",
+    "attention.o.weight": "self_attn.o_proj.weight",
+    "attention.o.bias": "self_attn.o_proj.bias",
+    "feed_forward_norm.weight": "post_attention_layernorm.weight",
+    "feed_forward.gate.weight": "mlp.gate_proj.weight",
+    "feed_forward.up.weight": "mlp.up_proj.weight",
+    "feed_forward.down.weight": "mlp.down_proj.weight",
+    "feed_forward.router.weight": "mlp.gate.weight",
+    "feed_forward.router.selection_bias": "mlp.gate.e_score_correction_bias",
+    "feed_forward.experts.gate": "mlp.experts.{expert}.gate_proj.weight",
+    "feed_forward.experts.up": "mlp.experts.{expert}.up_proj.weight",
+    "feed_forward.experts.down": "mlp.experts.{expert}.down_proj.weight",
+    "feed_forward.shared.gate.weight": "mlp.shared_experts.gate_proj.weight",
+    "feed_forward.shared.up.weight": "mlp.shared_experts.up_proj.weight",
+    "feed_forward.shared.down.weight": "mlp.shared_experts.down_proj.weight",
+}
+
+FUSED_EXPERTS = {  # the layout in transformers' memory, met in re-saved files: gate rows, then up
+    ("feed_forward.experts.gate", "feed_forward.experts.up"): "mlp.experts.gate_up_proj",
+    ("feed_forward.experts.down",): "mlp.experts.down_proj",
+}
+
+MTP = {
+    "embedding_norm.weight": "enorm.weight",
+    "state_norm.weight": "hnorm.weight",
+    "projection.weight": "eh_proj.weight",
+    "norm.weight": "shared_head.norm.weight",
+}
+
+
+def block_rules(prefix: str) -> list[Rule]:
+    """Rules of a decoder layer that we keep under `prefix`; the published prefix is always one."""
+    theirs = "model.layers.{layer}."
+    rules = [Rule(prefix + ours, theirs + published) for ours, published in BLOCK.items()]
+    return rules + [
+        Rule(tuple(prefix + name for name in ours), theirs + published)
+        for ours, published in FUSED_EXPERTS.items()
+    ]
+
+
+RULES = (
+    Rule("embed.weight", "model.embed_tokens.weight"),
+    *block_rules("layers.{layer}."),
+    Rule("norm.weight", "model.norm.weight"),
+    Rule("head.weight", "lm_head.weight"),
+    *(Rule("mtp.{layer}." + ours, "model.layers.{layer}." + name) for ours, name in MTP.items()),
+    *block_rules("mtp.{layer}.block."),
+)
+
+MTP_COPIES = (
+    Rule("embed.weight", "model.layers.{mtp}.embed_tokens.weight"),
+    Rule("head.weight", "model.layers.{mtp}.shared_head.head.weight"),
+)
+
+IGNORED = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)  # recomputed from the config
+
+V2 = Family(deepseek_v2, RULES, MTP_COPIES, IGNORED)
+V3 = Family(deepseek_v3, RULES, MTP_COPIES, IGNORED)

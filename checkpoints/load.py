@@ -1,0 +1,239 @@
+"""A published checkpoint directory -> a Transformer. Strict: every tensor is there, fits, is used.
+
+Tensor by tensor: each is read from the mapped file into its place, so memory peaks at the weights
+plus one tensor.
+"""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from modeling import ModelConfig, Transformer
+from moe import ConfigError
+
+from .config_file import CheckpointError, Fields, read_json
+from .families import FAMILIES
+from .mapping import Entry, Family, Rule, correspondences
+from .shards import READABLE, Shards, open_shards, some
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    mtp: bool = True,
+    progress: bool = True,
+) -> Transformer:
+    """The model in a checkpoint directory, in eval mode and without gradients.
+
+    dtype: of the weights; None keeps what is stored. A selection bias stays in float32 at least.
+    mtp: load the MTP modules. A checkpoint whose config announces them and which holds none of
+    their tensors loads without, with a warning.
+    Raises CheckpointError (a ValueError) for anything missing, unexpected, misshapen or unknown.
+    """
+    directory = Path(path)
+    config = read_config(directory)
+    family = family_of(config, directory)
+    with open_shards(directory) as shards:
+        config, skipped = with_mtp_as_stored(config, family, shards, mtp)
+        with torch.device("meta"):
+            model = Transformer(config)
+        shapes = {name: tuple(tensor.shape) for name, tensor in own_state(model).items()}
+        entries = correspondences(family.rules, shapes, num_blocks(config), shards.tensors)
+        copies = copied_entries(family, config, shapes)
+        check_names(entries, copies, skipped, family, shards, directory)
+        check_tensors(entries + copies, shards)
+        state = fill(entries, shapes, shards, torch.device(device), dtype, progress)
+        for copy in copies:
+            if copy.published in shards.tensors:
+                check_copy(copy, shards.read(copy.published), state)
+    if config.tied_embeddings:
+        state["head.weight"] = state["embed.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    if config.tied_embeddings:
+        model.head.weight = model.embed.weight
+    return model.requires_grad_(False).eval()
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The description in a checkpoint directory's config.json, or in such a file."""
+    return interpreted(Path(path))[0]
+
+
+def unread_keys(path: str | Path) -> list[str]:
+    """The keys of a config.json that say nothing about the architecture, or nothing we know of."""
+    return interpreted(Path(path))[1].unread()
+
+
+def interpreted(path: Path) -> tuple[ModelConfig, Fields]:
+    """A config.json as its family reads it."""
+    file = config_path(path)
+    fields = Fields(read_json(file))
+    name = fields.raw.get("model_type")
+    if name not in FAMILIES:
+        near = get_close_matches(str(name), FAMILIES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        known = ", ".join(sorted(FAMILIES))
+        raise CheckpointError(f"{file}: model_type {name!r} is not one of {known}{hint}")
+    try:
+        if quantization := fields.section("quantization_config"):
+            method = quantization.raw.get("quant_method")
+            raise CheckpointError(
+                f"{file}: quantization_config.quant_method {method!r} is not supported: "
+                "convert the weights to bfloat16 first"
+            )
+        return FAMILIES[name].read_config(fields), fields
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def config_path(path: Path) -> Path:
+    """Where the config.json of a checkpoint is, or an error that says what is there instead."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory")
+    if path.is_file():
+        return path
+    file = path / "config.json"
+    if not file.is_file():
+        found = some(sorted(entry.name for entry in path.iterdir()))
+        raise CheckpointError(f"{path}: not a model directory: no config.json; found {found}")
+    return file
+
+
+def family_of(config: ModelConfig, where: object) -> Family:
+    """The family that a description was read from."""
+    name = config.published.get("model_type")
+    if name not in FAMILIES:
+        raise CheckpointError(
+            f"{where}: the model's config.published names no family (model_type {name!r}); "
+            f"set it to a config.json of {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[name]
+
+
+def num_blocks(config: ModelConfig) -> int:
+    return len(config.layers) + len(config.mtp)
+
+
+def own_state(model: Transformer) -> dict[str, Tensor]:
+    """The model's tensors by our names, a shared one once."""
+    state = dict(model.state_dict())
+    if model.config.tied_embeddings:
+        del state["head.weight"]
+    return state
+
+
+def without_mtp(config: ModelConfig) -> ModelConfig:
+    counts = ("num_nextn_predict_layers", "num_mtp_layers")
+    published = {key: 0 if key in counts else v for key, v in config.published.items()}
+    return replace(config, mtp=(), published=published)
+
+
+def with_mtp_as_stored(
+    config: ModelConfig, family: Family, shards: Shards, wanted: bool
+) -> tuple[ModelConfig, list[str]]:
+    """The config with the MTP modules to load, and the names of those in the file to leave out."""
+    if not config.mtp:
+        return config, []
+    prefixes = tuple(f"model.layers.{i}." for i in range(len(config.layers), num_blocks(config)))
+    stored = [name for name in shards.tensors if name.startswith(prefixes)]
+    if wanted and not stored:
+        warnings.warn(
+            f"the config announces {len(config.mtp)} MTP module(s) and the files hold none: "
+            "loading the model without",
+            stacklevel=3,
+        )
+    return (config, []) if wanted and stored else (without_mtp(config), stored)
+
+
+def copied_entries(
+    family: Family, config: ModelConfig, shapes: dict[str, tuple[int, ...]]
+) -> list[Entry]:
+    """Tensors that a file may hold again under a second name."""
+    copies = [
+        Rule(rule.ours, rule.published.replace("{mtp}", str(len(config.layers) + j)))
+        for rule in family.copies
+        for j in range(len(config.mtp))
+    ]
+    if config.tied_embeddings:
+        heads = [rule for rule in family.rules if rule.ours == "head.weight"]
+        copies = [Rule("embed.weight", rule.published) for rule in [*heads, *copies]]
+    return [Entry(rule.published, shapes[str(rule.ours)], (str(rule.ours),)) for rule in copies]
+
+
+def check_names(
+    entries: list[Entry],
+    copies: list[Entry],
+    skipped: Iterable[str],
+    family: Family,
+    shards: Shards,
+    directory: Path,
+) -> None:
+    """Every expected tensor is there, and none besides."""
+    needed = {entry.published for entry in entries}
+    missing = sorted(needed - shards.tensors.keys())
+    ignored = {
+        name.replace("{layer}", str(i)) for name in family.ignored for i in range(1000)
+    }
+    allowed = needed | ignored | set(skipped) | {copy.published for copy in copies}
+    unexpected = sorted(shards.tensors.keys() - allowed)
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{directory}: the weights do not fit config.json: "
+            f"{len(missing)} tensors are missing ({some(missing)}), "
+            f"{len(unexpected)} are unexpected ({some(unexpected)})"
+        )
+
+
+def check_tensors(entries: list[Entry], shards: Shards) -> None:
+    """Every tensor has the shape that the config gives it, and a dtype that can be read."""
+    for entry in entries:
+        stored = shards.tensors.get(entry.published)
+        if stored is None:
+            continue
+        if stored.shape != entry.shape:
+            raise CheckpointError(
+                f"{stored.file}: {entry.published} has shape {list(stored.shape)}, "
+                f"config.json makes it {list(entry.shape)}"
+            )
+        if stored.dtype not in READABLE:
+            raise CheckpointError(
+                f"{stored.file}: {entry.published} is stored as {stored.dtype}; "
+                f"supported are {', '.join(READABLE)}"
+            )
+
+
+def fill(
+    entries: list[Entry],
+    shapes: dict[str, tuple[int, ...]],
+    shards: Shards,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Read every entry into its place among newly made tensors of ours."""
+    state: dict[str, Tensor] = {}
+    bar = tqdm(entries, desc="loading", unit="tensor", disable=None if progress else True)
+    for entry in bar:
+        stored = shards.read(entry.published)
+        for name in entry.ours:
+            if name not in state:
+                kept = stored.dtype if dtype is None else dtype
+                if name.endswith("selection_bias"):
+                    kept = torch.promote_types(kept, torch.float32)
+                state[name] = torch.empty(shapes[name], dtype=kept, device=device)
+        entry.put(stored, state)
+    return state
+
+
+def check_copy(copy: Entry, stored: Tensor, state: dict[str, Tensor]) -> None:
+    """Warn when a tensor that should repeat another one does not."""
+    (own,) = copy.parts(state)
+    if not torch.equal(stored.to(own), own):
+        warnings.warn(f"{copy.published} differs from the tensor it repeats: not used", stacklevel=3)

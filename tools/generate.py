@@ -1,0 +1,141 @@
+"""generate: continue a text with a model, streaming it as it comes."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints import TextStream, Tokenizer, load_model, load_tokenizer
+from modeling import GenerationStatistics, Transformer, generate
+
+from .describe import count_parameters, plain_cache_bytes
+
+SHIPPED = Path(__file__).parent.parent / "checkpoints" / "pretrained"
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", type=Path, default=SHIPPED, help="checkpoint directory (default: the shipped one)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="the text to continue; - reads it from stdin")
+    source.add_argument("--prompt-file", type=Path, help="a UTF-8 file with the text to continue")
+    add("--max-new-tokens", "--max-tokens", type=int, default=200)
+    add("--temperature", "--temp", type=float, default=0.0, help="0 (default) is greedy")
+    add("--top-k", type=int, help="draw from the k likeliest tokens only")
+    add("--top-p", type=float, help="draw from the likeliest that together reach this probability")
+    add("--min-p", type=float, help="draw from those at least this share as likely as the likeliest")
+    add("--seed", type=int, help="makes the draws repeatable")
+    add("--draft-tokens", type=int, default=0, help="tokens the MTP modules guess per round (greedy)")
+    add("--device", default="cpu", help="any device torch knows: cpu, cuda, cuda:1, mps ...")
+    add("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    add("--json", action="store_true", help="print one JSON object instead of the text as it comes")
+
+
+def run(args: argparse.Namespace) -> int:
+    prompt = read_prompt(args)
+    device = usable_device(args.device)
+    tokenizer = load_tokenizer(args.model)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    model = load_model(args.model, device, dtype, mtp=args.draft_tokens > 0)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{args.model}: the tokenizer has {tokenizer.vocab_size} ids and the model "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
+    prompt_ids = tokenizer.encode(prompt)
+    tokens = generate(
+        model,
+        prompt_ids,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.seed,
+        stop_ids=tokenizer.stop_ids,
+        draft_tokens=args.draft_tokens,
+    )
+    if args.json:
+        ids = list(tokens)
+        answer = {"prompt": prompt, "text": text_of(tokenizer, prompt_ids, ids), "ids": ids}
+        print(json.dumps(answer | figures(model, tokens.statistics), ensure_ascii=False))
+        return 0
+    print(prompt, end="", flush=True)
+    stream = TextStream(tokenizer, prompt_ids)
+    try:
+        for token in tokens:
+            print(stream.push(token), end="", flush=True)
+    finally:
+        print(stream.finish(), flush=True)
+    print(summary(figures(model, tokens.statistics)), file=sys.stderr)
+    return 0
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file is not None:
+        raw = args.prompt_file.read_bytes()
+    elif args.prompt == "-":
+        raw = sys.stdin.buffer.read()
+    else:
+        return args.prompt
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 text ({error.reason})") from None
+
+
+def usable_device(name: str) -> torch.device:
+    """A device that tensors can be made on, or an error that lists those that there are."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        there = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
+        raise ValueError(f"--device {name}: not available here; there is {there}") from None
+    return device
+
+
+def text_of(tokenizer: Tokenizer, prompt_ids: list[int], ids: list[int]) -> str:
+    stream = TextStream(tokenizer, prompt_ids)
+    return "".join([stream.push(token) for token in ids] + [stream.finish()])
+
+
+def figures(model: Transformer, statistics: GenerationStatistics) -> dict[str, Any]:
+    """What the run did and cost."""
+    counted = count_parameters(model)
+    element = model.embed.weight.element_size()
+    return {
+        "total_parameters": counted["total"],
+        "active_parameters": counted["active"],
+        "prompt_tokens": statistics.prompt_tokens,
+        "prompt_tokens_per_second": round(statistics.prompt_tokens_per_second, 1),
+        "generated_tokens": statistics.generated_tokens,
+        "generation_tokens_per_second": round(statistics.generation_tokens_per_second, 1),
+        "cache_bytes_per_token": statistics.cache_bytes_per_token,
+        "plain_attention_cache_bytes_per_token": plain_cache_bytes(model.config, element),
+        "drafted_tokens": statistics.drafted,
+        "accepted_tokens": statistics.accepted,
+    }
+
+
+def summary(figures: dict[str, Any]) -> str:
+    drafted, accepted = sum(figures["drafted_tokens"]), sum(figures["accepted_tokens"])
+    lines = [
+        f"parameters   {figures['total_parameters']:,} in all, "
+        f"{figures['active_parameters']:,} used per token",
+        f"prompt       {figures['prompt_tokens']} tokens, "
+        f"{figures['prompt_tokens_per_second']} a second",
+        f"generation   {figures['generated_tokens']} tokens, "
+        f"{figures['generation_tokens_per_second']} a second",
+        f"cache        {figures['cache_bytes_per_token']:,} bytes per token; plain multi-head "
+        f"attention: {figures['plain_attention_cache_bytes_per_token']:,}",
+    ]
+    if drafted:
+        share = f"{100 * accepted / drafted:.0f} %"
+        lines.append(f"drafts       {drafted} by the MTP module, {accepted} accepted ({share})")
+    return "\n" + "\n".join(lines)
