@@ -1,10 +1,11 @@
-"""config.json and its kin: strict JSON, and fields read with their type, range and aliases checked."""
+"""config.json and its kin: strict JSON, and fields read with type, range and aliases checked."""
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from moe import ConfigError
 
@@ -23,12 +24,22 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: the key {twice!r} stands twice in one object")
         return dict(pairs)
 
-    def no_constant(name: str) -> None:
-        raise CheckpointError(f"{path}: {name} is not JSON")
+    def no_constant(name: str) -> NoReturn:
+        raise CheckpointError(f"{path}: {name} is not a number of JSON's, or beyond float64")
 
+    def finite(digits: str) -> float:
+        value = float(digits)
+        return no_constant(digits) if math.isinf(value) else value
+
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: not a regular file")
     try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        value = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=no_duplicates,
+            parse_constant=no_constant,
+            parse_float=finite,
+        )
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -38,6 +49,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not JSON: {error.msg} at {where}") from None
     except RecursionError:
         raise CheckpointError(f"{path}: nested too deeply") from None
+    except CheckpointError:
+        raise
+    except ValueError as error:  # a whole number of thousands of digits
+        raise CheckpointError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected an object")
     return value
@@ -59,7 +74,7 @@ class Fields:
         *keys: str,
         default: int | None = None,
         at_least: int = 1,
-        at_most: int = 2**40,
+        at_most: int = 10**6,
     ) -> int:
         key, value = self.find(keys, default)
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -67,10 +82,13 @@ class Fields:
         self.check(whole and at_least <= value <= at_most, key, value, expected)
         return value
 
-    def number(self, *keys: str, default: float | None = None) -> float:
+    def number(
+        self, *keys: str, default: float | None = None, at_least: float = -sys.float_info.max
+    ) -> float:
         key, value = self.find(keys, default)
         real = isinstance(value, int | float) and not isinstance(value, bool)
-        self.check(real and math.isfinite(value), key, value, "a finite number")
+        expected = "a finite number" + (" >= 0" if at_least == 0 else "")
+        self.check(real and at_least <= value <= sys.float_info.max, key, value, expected)
         return float(value)
 
     def flag(self, *keys: str, default: bool | None = None) -> bool:

@@ -5,9 +5,10 @@ plus one tensor.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from moe import ConfigError
 
 from .config_file import CheckpointError, Fields, read_json
 from .families import FAMILIES
-from .mapping import Entry, Family, Rule, correspondences
+from .mapping import Entry, Family, Rule, Shape, correspondences
 from .shards import READABLE, Shards, open_shards, some
 
 
@@ -45,6 +46,7 @@ def load_model(
         with torch.device("meta"):
             model = Transformer(config)
         shapes = {name: tuple(tensor.shape) for name, tensor in own_state(model).items()}
+        check_size(shapes, shards, directory)
         entries = correspondences(family.rules, shapes, num_blocks(config), shards.tensors)
         copies = copied_entries(family, config, shapes)
         check_names(entries, copies, skipped, family, shards, directory)
@@ -75,9 +77,9 @@ def interpreted(path: Path) -> tuple[ModelConfig, Fields]:
     """A config.json as its family reads it."""
     file = config_path(path)
     fields = Fields(read_json(file))
-    name = fields.raw.get("model_type")
+    name = str(fields.find(["model_type"], "")[1])
     if name not in FAMILIES:
-        near = get_close_matches(str(name), FAMILIES, n=1)
+        near = get_close_matches(name, FAMILIES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         known = ", ".join(sorted(FAMILIES))
         raise CheckpointError(f"{file}: model_type {name!r} is not one of {known}{hint}")
@@ -108,7 +110,7 @@ def config_path(path: Path) -> Path:
 
 def family_of(config: ModelConfig, where: object) -> Family:
     """The family that a description was read from."""
-    name = config.published.get("model_type")
+    name = str(config.published.get("model_type", ""))
     if name not in FAMILIES:
         raise CheckpointError(
             f"{where}: the model's config.published names no family (model_type {name!r}); "
@@ -167,6 +169,17 @@ def copied_entries(
     return [Entry(rule.published, shapes[str(rule.ours)], (str(rule.ours),)) for rule in copies]
 
 
+def check_size(shapes: Mapping[str, Shape], shards: Shards, directory: Path) -> None:
+    """The config describes roughly what the files hold: before a name is made for every expert."""
+    described = sum(prod(shape) for shape in shapes.values())
+    stored = sum(prod(tensor.shape) for tensor in shards.tensors.values())
+    if described > 1000 * max(stored, 1000):
+        raise CheckpointError(
+            f"{directory}: config.json describes {described:,} parameters, "
+            f"the weight files hold {stored:,}"
+        )
+
+
 def check_names(
     entries: list[Entry],
     copies: list[Entry],
@@ -178,9 +191,7 @@ def check_names(
     """Every expected tensor is there, and none besides."""
     needed = {entry.published for entry in entries}
     missing = sorted(needed - shards.tensors.keys())
-    ignored = {
-        name.replace("{layer}", str(i)) for name in family.ignored for i in range(1000)
-    }
+    ignored = {name.replace("{layer}", str(i)) for name in family.ignored for i in range(1000)}
     allowed = needed | ignored | set(skipped) | {copy.published for copy in copies}
     unexpected = sorted(shards.tensors.keys() - allowed)
     if missing or unexpected:
@@ -236,4 +247,6 @@ def check_copy(copy: Entry, stored: Tensor, state: dict[str, Tensor]) -> None:
     """Warn when a tensor that should repeat another one does not."""
     (own,) = copy.parts(state)
     if not torch.equal(stored.to(own), own):
-        warnings.warn(f"{copy.published} differs from the tensor it repeats: not used", stacklevel=3)
+        warnings.warn(
+            f"{copy.published} differs from the tensor it repeats: not used", stacklevel=3
+        )

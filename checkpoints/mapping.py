@@ -51,7 +51,9 @@ class Entry:
 
     def parts(self, state: Mapping[str, Tensor]) -> list[Tensor]:
         """Views of our tensors that this entry fills, in the order of its rows."""
-        return [state[name] if self.expert is None else state[name][self.expert] for name in self.ours]
+        return [
+            state[name] if self.expert is None else state[name][self.expert] for name in self.ours
+        ]
 
     def put(self, tensor: Tensor, state: Mapping[str, Tensor]) -> None:
         """Copy the file's tensor into its places in `state`."""
@@ -62,7 +64,7 @@ class Entry:
             part.copy_(piece)
 
     def take(self, state: Mapping[str, Tensor]) -> Tensor:
-        """What `put` would have to be given for `state` to come out as it is; a tensor of its own."""
+        """What `put` would have to be given for `state` to be as it is; a tensor of its own."""
         parts = self.parts(state)
         return torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0].clone()
 
@@ -78,9 +80,7 @@ def correspondences(
     present: the names in the file, which decide between layouts; None for the layout to save in.
     Raises ValueError if the rules say nothing about one of our names.
     """
-    candidates = [
-        entries for rule in rules for entries in instances(rule, shapes, num_layers)
-    ]
+    candidates = [entries for rule in rules for entries in instances(rule, shapes, num_layers)]
     found: list[Entry] = []
     covered: set[str] = set()
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling import Transformer
+from moe import ConfigError
 
 from .config_file import CheckpointError, Fields
 from .load import copied_entries, family_of, num_blocks, own_state
@@ -22,16 +23,14 @@ from .mapping import Entry, correspondences
 from .shards import INDEX, SINGLE
 
 
-def save_model(
-    model: Transformer, path: str | Path, max_shard_bytes: int = 5_000_000_000
-) -> None:
+def save_model(model: Transformer, path: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write the model, MTP modules included, as its family publishes it.
 
     The family and every field that the model does not need are those of `config.published`.
     Raises CheckpointError if `path` exists and is not empty, or if `config.published` does not
     describe this model.
     """
-    directory = Path(path)
+    directory = Path(path).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory}: exists already; remove it or choose another path")
     config_json = published_config(model)
@@ -60,7 +59,11 @@ def save_model(
 def published_config(model: Transformer) -> dict[str, Any]:
     """config.json: what the model was read from, with the dtype that it has now."""
     family = family_of(model.config, "save_model")
-    if family.read_config(Fields(model.config.published)) != model.config:
+    try:
+        described = family.read_config(Fields(model.config.published))
+    except ConfigError as error:
+        raise CheckpointError(f"the model's config.published: {error}") from None
+    if described != model.config:
         raise CheckpointError("config.published does not describe this model: make them agree")
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
     known = [key for key in ("dtype", "torch_dtype") if key in model.config.published]
@@ -75,7 +78,8 @@ def write_shards(
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [SINGLE]
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for name, shard in zip(names, shards, strict=True):
         tensors = {entry.published: entry.take(state) for entry in shard}
         save_file(tensors, directory / name, metadata={"format": "pt"})

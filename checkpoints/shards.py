@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint directory: found, checked and opened, read tensor by tensor.
+"""The safetensors files of a checkpoint directory: found, checked, opened, read tensor by tensor.
 
 The headers of the files are the truth; the index only says which files there are. Nothing is
 executed, nothing outside the directory is opened, and nothing is read before it is asked for.
@@ -75,6 +75,8 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
 def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     """The files that hold the weights, and what the index (if there is one) says is where."""
     single, index = directory / SINGLE, directory / INDEX
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: not a directory")
     if single.exists() and index.exists():
         raise CheckpointError(f"{directory}: has both {SINGLE} and {INDEX}; remove the stale one")
     if index.exists():
@@ -92,7 +94,7 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
                 + some(missing)
             )
         return [directory / name for name in names], listed
-    if single.exists():
+    if single.exists() or single.is_symlink():
         return [single], {}
     present = sorted(file.name for file in directory.iterdir())
     if any(name.endswith(".safetensors") for name in present):
@@ -108,7 +110,8 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
 def open_shard(file: Path) -> Any:
     """`safe_open`, with errors that name the file and what it is instead."""
     if not file.is_file():
-        raise CheckpointError(f"{file}: not a regular file")
+        kind = "a link to a file that is not there" if file.is_symlink() else "not a regular file"
+        raise CheckpointError(f"{file}: {kind}")
     size = file.stat().st_size
     if size < 8:
         raise CheckpointError(f"{file}: {size} bytes: empty or truncated, download it again")

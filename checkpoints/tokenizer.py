@@ -15,6 +15,7 @@ class Vocabulary(Protocol):
     """What both libraries are brought down to."""
 
     size: int
+    begins: list[int]  # what the library itself puts before a text
 
     def encode(self, text: str, special: bool) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -30,13 +31,14 @@ class SentencePieces:
         except (RuntimeError, OSError) as error:
             raise CheckpointError(f"{file}: not a sentencepiece model ({error})") from None
         self.size = self.processor.vocab_size()
+        self.begins = [token for token in [self.processor.bos_id()] if token >= 0]
 
     def encode(self, text: str, special: bool) -> list[int]:
-        bos = self.processor.bos_id()
-        return ([bos] if special and bos >= 0 else []) + self.processor.encode(text)
+        return (self.begins if special else []) + self.processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.processor.decode(list(ids))
+        # a model's vocabulary may be padded beyond the tokenizer's
+        return self.processor.decode([token for token in ids if token < self.size])
 
     def find(self, piece: str) -> int | None:
         found = self.processor.piece_to_id(piece)
@@ -51,7 +53,8 @@ class JsonVocabulary:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception for every fault
             raise CheckpointError(f"{file}: not a tokenizer ({error})") from None
-        self.size = self.tokenizer.get_vocab_size()
+        self.size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
+        self.begins = self.encode("", special=True)
 
     def encode(self, text: str, special: bool) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=special).ids
@@ -66,7 +69,9 @@ class JsonVocabulary:
 class Tokenizer:
     """Text <-> ids of one checkpoint; knows which token begins a text and which end one."""
 
-    def __init__(self, vocabulary: Vocabulary, bos_id: int | None, stop_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, bos_id: int | None, stop_ids: tuple[int, ...]
+    ) -> None:
         self.vocabulary, self.bos_id, self.stop_ids = vocabulary, bos_id, stop_ids
 
     @property
@@ -79,7 +84,9 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             where = f"position {error.start}"
-            raise ValueError(f"the text has half a surrogate pair at {where}: not Unicode") from None
+            raise ValueError(
+                f"the text has half a surrogate pair at {where}: not Unicode"
+            ) from None
         ids = self.vocabulary.encode(text, special=bos and self.bos_id is not None)
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
@@ -93,9 +100,10 @@ class TextStream:
     """Text of tokens as they come, continuing `prompt_ids`; whole characters only."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
-        # a few tokens of context: some tokenizers decode a piece differently at the very start
-        self.tokenizer, self.ids = tokenizer, list(prompt_ids)[-8:]
-        self.told = tokenizer.decode(self.ids)
+        # some tokenizers decode a piece differently at the start of a text, or after half a
+        # character: so each token is decoded behind some others, which begin with a whole one
+        self.tokenizer, self.ids = tokenizer, list(prompt_ids)
+        self.told, self.whole = tokenizer.decode(self.ids), len(self.ids)
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty while a character is still in pieces."""
@@ -111,9 +119,9 @@ class TextStream:
         if hold_back and text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         new, self.told = text[len(self.told) :], text
-        if new:
-            self.ids = self.ids[-8:]
-            self.told = self.tokenizer.decode(self.ids)
+        if len(self.ids) - self.whole >= 8:  # enough of them: let go of those before
+            self.ids = self.ids[self.whole :]
+            self.told, self.whole = self.tokenizer.decode(self.ids), len(self.ids)
         return new
 
 
@@ -129,14 +137,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         vocabulary = SentencePieces(directory / "tokenizer.model")
     else:
         found = some(sorted(entry.name for entry in directory.iterdir()))
-        raise CheckpointError(
-            f"{directory}: no tokenizer.json or tokenizer.model; found {found}"
-        )
+        raise CheckpointError(f"{directory}: no tokenizer.json or tokenizer.model; found {found}")
     settings = optional_json(directory / "tokenizer_config.json")
     bos_id = token_id(settings.get("bos_token"), vocabulary)
-    if bos_id is None and isinstance(vocabulary, SentencePieces):
-        bos_id = vocabulary.processor.bos_id()
-    if not settings.get("add_bos_token", isinstance(vocabulary, SentencePieces)):
+    if bos_id is None and isinstance(vocabulary, SentencePieces) and vocabulary.begins:
+        bos_id = vocabulary.begins[0]
+    if not settings.get("add_bos_token", vocabulary.begins[:1] == [bos_id]):
         bos_id = None
     return Tokenizer(vocabulary, bos_id, stop_ids(directory, settings, vocabulary))
 

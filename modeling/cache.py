@@ -15,9 +15,11 @@ from torch import Tensor
 
 
 class LayerCache:
-    """The entries of one attention layer: for each width in `widths`, one (B, max_length, W) buffer."""
+    """What one attention layer keeps: for each of `widths`, one (B, max_length, W) buffer."""
 
-    def __init__(self, batch_size: int, max_length: int, widths: Sequence[int], like: Tensor) -> None:
+    def __init__(
+        self, batch_size: int, max_length: int, widths: Sequence[int], like: Tensor
+    ) -> None:
         # zeros, not empty: what is never attended to must still be finite
         self.buffers = [like.new_zeros(batch_size, max_length, width) for width in widths]
         self.lengths = [0] * batch_size

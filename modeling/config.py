@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe import MoEConfig, require, require_choice, require_int
+from moe import MoEConfig, require, require_choice, require_int, require_number
 
-
-def require_positive(name: str, value: float) -> None:
-    require(0 < value < float("inf"), name, value, "must be a positive, finite number")
+INFINITY = float("inf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +20,11 @@ class YarnConfig:
     truncate: bool = True  # round the ends of the ramp between the two outwards
 
     def __post_init__(self) -> None:
-        require(1 <= self.factor < float("inf"), "factor", self.factor, "must be >= 1 and finite")
+        require_number("factor", self.factor, 0, INFINITY)
+        require(self.factor >= 1, "factor", self.factor, "must be >= 1")
         require_int("original_length", self.original_length)
-        require_positive("beta_fast", self.beta_fast)
-        require_positive("beta_slow", self.beta_slow)
+        require_number("beta_fast", self.beta_fast, 0, INFINITY)
+        require_number("beta_slow", self.beta_slow, 0, INFINITY)
         ordered = self.beta_fast >= self.beta_slow
         require(ordered, "beta_fast", self.beta_fast, f"must be >= beta_slow = {self.beta_slow}")
 
@@ -40,7 +39,9 @@ class RopeConfig:
 
     width: int  # how many dimensions are rotated
     theta: float = 10000.0
-    layout: str = "half"  # which dimensions form a pair: "half" (i, i + width/2), "interleaved" (2i, 2i + 1)
+    layout: str = (
+        "half"  # which dimensions form a pair: "half" (i, i + width/2), "interleaved" (2i, 2i + 1)
+    )
     yarn: YarnConfig | None = None
     amplitude: float = 1.0
     softmax_multiplier: float = 1.0
@@ -49,9 +50,9 @@ class RopeConfig:
         require_int("rope width", self.width, at_least=2)
         require(self.width % 2 == 0, "rope width", self.width, "must be even: pairs are rotated")
         require_choice("rope layout", self.layout, ("half", "interleaved"))
-        require(1 < self.theta < float("inf"), "theta", self.theta, "must be > 1 and finite")
-        require_positive("amplitude", self.amplitude)
-        require_positive("softmax_multiplier", self.softmax_multiplier)
+        require_number("theta", self.theta, 1, INFINITY)
+        require_number("amplitude", self.amplitude, 0, INFINITY)
+        require_number("softmax_multiplier", self.softmax_multiplier, 0, INFINITY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class MLAConfig:
             require_int(name, getattr(self, name))
         if self.query_rank is not None:
             require_int("query_rank", self.query_rank)
-        require_positive("latent_norm_epsilon", self.latent_norm_epsilon)
+        require_number("latent_norm_epsilon", self.latent_norm_epsilon, 0, INFINITY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,4 +137,4 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "max_length"):
             require_int(name, getattr(self, name))
         require(len(self.layers) > 0, "layers", self.layers, "must hold at least one layer")
-        require_positive("norm_epsilon", self.norm_epsilon)
+        require_number("norm_epsilon", self.norm_epsilon, 0, INFINITY)

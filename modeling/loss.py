@@ -29,6 +29,4 @@ def next_token_loss(
     else:
         counted_BT = mask_BT[:, ahead:]
         states_nD, target_n = states_BTD[counted_BT], target_BT[counted_BT]
-    return linear_cross_entropy(
-        states_nD, head_VD, target_n, options=LinearCrossEntropyOptions()
-    )
+    return linear_cross_entropy(states_nD, head_VD, target_n, options=LinearCrossEntropyOptions())

@@ -112,12 +112,12 @@ class Transformer(nn.Module):
         return [module.block.make_cache(batch_size, max_length) for module in self.mtp.values()]
 
     def mtp_logits(self, tokens_BT: Tensor) -> list[Tensor]:
-        """Logits of each depth k = 1, 2, ...: (B, T - k, V); position i predicts token i + 1 + k."""
+        """Logits of depths k = 1, 2, ...: (B, T - k, V); position i predicts token i + 1 + k."""
         x_BTD = self.hidden_states(tokens_BT)
         return [self.logits(h_BtD) for h_BtD in self.mtp_hidden_states(x_BTD, tokens_BT)]
 
     def mtp_hidden_states(self, x_BTD: Tensor, tokens_BT: Tensor) -> list[Tensor]:
-        """What the head reads at each depth k: (B, T - k, D), from `hidden_states` of the tokens."""
+        """What the head reads at each depth k, (B, T - k, D), after `hidden_states` x_BTD."""
         states = []
         for k, module in enumerate(self.mtp.values(), start=1):
             next_BtD = self.embed(tokens_BT[:, k:])

@@ -28,7 +28,7 @@ def inverse_frequencies(rope: RopeConfig) -> Tensor:
 
 
 def stretched(inverse_r: Tensor, rope: RopeConfig, yarn: YarnConfig) -> Tensor:
-    """YaRN: fast pairs keep their frequency, slow ones are divided by the factor, a ramp between."""
+    """YaRN: fast pairs keep their frequency, slow ones are divided by factor, a ramp between."""
 
     def pair_rotating(times: float) -> float:
         """The (fractional) pair that makes this many rotations over the original length."""

@@ -7,7 +7,15 @@ from .balance import (
     sequence_balance_loss,
     updated_selection_bias,
 )
-from .config import ConfigError, MoEConfig, require, require_choice, require_int
+from .config import (
+    ConfigError,
+    MoEConfig,
+    require,
+    require_choice,
+    require_flag,
+    require_int,
+    require_number,
+)
 from .experts import Experts, experts_grouped, experts_loop
 from .feed_forward import FeedForward
 from .layer import MoE
@@ -29,7 +37,9 @@ __all__ = [
     "record_routing",
     "require",
     "require_choice",
+    "require_flag",
     "require_int",
+    "require_number",
     "route",
     "router_z_loss",
     "routers",

@@ -40,13 +40,15 @@ def sequence_balance_loss(routing: Routing, num_sequences: int) -> Tensor:
     mean_BE = shares_NE.unflatten(0, (num_sequences, -1)).mean(dim=1)
     chosen_BTK = routing.experts_NK.unflatten(0, (num_sequences, -1))
     load_BE = torch.zeros_like(mean_BE)
-    load_BE.scatter_add_(1, chosen_BTK.flatten(1), torch.ones_like(chosen_BTK.flatten(1), dtype=load_BE.dtype))
+    load_BE.scatter_add_(
+        1, chosen_BTK.flatten(1), torch.ones_like(chosen_BTK.flatten(1), dtype=load_BE.dtype)
+    )
     load_BE *= load_BE.shape[-1] / chosen_BTK[0].numel()
     return (load_BE * mean_BE).sum(dim=-1).mean()
 
 
 def router_z_loss(routing: Routing) -> Tensor:
-    """Mean squared log-sum-exp of the logits, against their drift (ST-MoE, section 2.2, eq. 5)."""
+    """Mean squared log-sum-exp of the logits, against drift (ST-MoE, section 3.3, equation 5)."""
     return routing.logits_NE.logsumexp(dim=-1).square().mean()
 
 

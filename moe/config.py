@@ -21,6 +21,18 @@ def require_int(field: str, value: object, *, at_least: int = 1) -> None:
     require(whole and value >= at_least, field, value, f"must be a whole number >= {at_least}")  # type: ignore[operator]
 
 
+def require_number(field: str, value: object, above: float, below: float) -> None:
+    """Raise `ConfigError` unless `value` is a number (and no bool) strictly between the two."""
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    rule = f"must be a number between {above} and {below}"
+    require(real and above < value < below, field, value, rule)  # type: ignore[operator]
+
+
+def require_flag(field: str, value: object) -> None:
+    """Raise `ConfigError` unless `value` is True or False."""
+    require(isinstance(value, bool), field, value, "must be True or False")
+
+
 def require_choice(field: str, value: object, known: tuple[str, ...]) -> None:
     """Raise `ConfigError` unless `value` is one of `known`."""
     require(value in known, field, value, f"must be one of {', '.join(known)}")
@@ -75,7 +87,8 @@ class MoEConfig:
         require(self.top_k <= reachable, "top_k", self.top_k, fits)
         pairs = groups == 1 or self.group_score != "top2_sum" or experts // groups >= 2
         require(pairs, "group_score", self.group_score, "needs at least two experts in a group")
-        epsilon = self.normalize_epsilon
-        require(0 <= epsilon < 1, "normalize_epsilon", epsilon, "must be in [0, 1)")
-        finite = 0 < self.scale < float("inf")
-        require(finite, "scale", self.scale, "must be a positive, finite number")
+        require_flag("selection_bias", self.selection_bias)
+        require_flag("normalize", self.normalize)
+        if self.normalize_epsilon != 0:
+            require_number("normalize_epsilon", self.normalize_epsilon, 0, 1)
+        require_number("scale", self.scale, 0, float("inf"))

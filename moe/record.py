@@ -35,13 +35,16 @@ class RecordedRoutings(Mapping[int, Routing]):
 def routers(model: nn.Module) -> dict[int, Router]:
     """{layer index: router}. The index is the first number in the router's path, 0 without one.
 
-    `layers.3.feed_forward.router` belongs to layer 3.
+    `layers.3.feed_forward.router` belongs to layer 3. Raises ValueError if two have the same.
     """
-    return {
-        next((int(part) for part in path.split(".") if part.isdigit()), 0): module
-        for path, module in model.named_modules()
-        if isinstance(module, Router)
-    }
+    found: dict[int, Router] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Router):
+            layer = next((int(part) for part in path.split(".") if part.isdigit()), 0)
+            if layer in found:
+                raise ValueError(f"two routers belong to layer {layer}, the second is {path}")
+            found[layer] = module
+    return found
 
 
 @contextmanager

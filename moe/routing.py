@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from .config import MoEConfig
 from .scoring import GROUP_SCORES, SCORING
 
+
 @dataclass(frozen=True)
 class Routing:
     """What a router decided for N tokens."""

@@ -55,7 +55,7 @@ def random_peer(family: str, seed: int = 0, **changes) -> PreTrainedModel:
 
 
 def randomize(tensor: Tensor, generator: torch.Generator) -> None:
-    """Noise around 1 for a vector's entries at 1, around 0 else; matrices keep activations' size."""
+    """Noise around a vector's own mean; matrices so that activations keep their size."""
     drawn = torch.randn(tensor.shape, generator=generator)
     if tensor.dim() == 1:
         tensor.copy_(tensor.mean() + drawn / 3)
@@ -85,7 +85,7 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def add_mtp(peer: PreTrainedModel, path: Path, num_modules: int, seed: int = 1):
-    """Add random MTP modules to a saved checkpoint, under their published names; returns the peer's.
+    """Add random MTP modules to a saved checkpoint under their published names; returns them.
 
     transformers never writes them, so the names are spelled out here: the layers that follow the
     last one, experts one by one, embedding and head repeated.

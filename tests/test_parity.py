@@ -1,11 +1,10 @@
-"""Our logits are transformers' logits, through its files and our loader, in every way of feeding."""
+"""Our logits are those of transformers, through its files and our loader, however fed."""
 
 import pytest
 import torch
 from published import YARN, random_peer, relative_difference, reload, save
 
 from checkpoints import load_model, save_model
-from modeling import ModelConfig
 from moe import record_routing
 
 BOUND = 1e-4
@@ -65,7 +64,7 @@ CASES = [
 MOONLIGHT = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
 
 
-@pytest.fixture()
+@pytest.fixture
 def tokens_BT() -> torch.Tensor:
     return torch.randint(103, (2, 41), generator=torch.Generator().manual_seed(7))
 

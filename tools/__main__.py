@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # here, where it is caught that nobody reads on
+        return code
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             # whoever read stdout has closed it; keep Python from flushing into it on exit

@@ -16,13 +16,12 @@ DOCUMENT_END = "\n\n\n"  # documents are separated by two blank lines
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, decompressed if its name ends in .xz."""
-    opened = lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb")
     try:
-        with opened as file:
-            return file.read().decode("utf-8")
+        raw = path.read_bytes()
+        return (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
-    except (lzma.LZMAError, EOFError) as error:
+    except lzma.LZMAError as error:
         raise ValueError(f"{path}: cannot decompress ({error})") from None
 
 

@@ -134,7 +134,9 @@ def feed_forward_words(layer: LayerConfig) -> str:
         case DenseConfig(width=width):
             return f"dense feed-forward of {width}"
         case MoEConfig() as moe:
-            grouped = f", {moe.groups_kept} of {moe.num_groups} groups" if moe.num_groups > 1 else ""
+            grouped = (
+                f", {moe.groups_kept} of {moe.num_groups} groups" if moe.num_groups > 1 else ""
+            )
             shared = f", shared expert of {moe.shared_width}" if moe.shared_width else ""
             return (
                 f"{moe.top_k} of {moe.num_experts} experts of {moe.expert_width} "

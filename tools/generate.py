@@ -19,7 +19,12 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", type=Path, default=SHIPPED, help="checkpoint directory (default: the shipped one)")
+    add(
+        "--model",
+        type=Path,
+        default=SHIPPED,
+        help="checkpoint directory (default: the shipped one)",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to continue; - reads it from stdin")
     source.add_argument("--prompt-file", type=Path, help="a UTF-8 file with the text to continue")
@@ -27,9 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", "--temp", type=float, default=0.0, help="0 (default) is greedy")
     add("--top-k", type=int, help="draw from the k likeliest tokens only")
     add("--top-p", type=float, help="draw from the likeliest that together reach this probability")
-    add("--min-p", type=float, help="draw from those at least this share as likely as the likeliest")
+    add(
+        "--min-p", type=float, help="draw from those at least this share as likely as the likeliest"
+    )
     add("--seed", type=int, help="makes the draws repeatable")
-    add("--draft-tokens", type=int, default=0, help="tokens the MTP modules guess per round (greedy)")
+    add("--draft-tokens", type=int, default=0, help="tokens the MTP modules guess per round")
     add("--device", default="cpu", help="any device torch knows: cpu, cuda, cuda:1, mps ...")
     add("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
     add("--json", action="store_true", help="print one JSON object instead of the text as it comes")
@@ -92,7 +99,7 @@ def usable_device(name: str) -> torch.device:
     """A device that tensors can be made on, or an error that lists those that there are."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # "meta" makes tensors too, with nothing in them
     except (RuntimeError, AssertionError, NotImplementedError):
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         there = "cpu" if accelerator is None else f"cpu, {accelerator.type}"

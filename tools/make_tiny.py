@@ -87,7 +87,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.827,
         "num_nextn_predict_layers": 0,
         "rope_theta": 50000.0,
-        "rope_scaling": YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        "rope_scaling": YARN
+        | {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
     },
 }
 

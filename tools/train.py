@@ -12,9 +12,9 @@ Shapes: B sequences, T positions, D model width, N tokens.
 """
 
 import argparse
+import copy
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import Tokenizer, load_tokenizer, read_config, save_model
+from checkpoints import Tokenizer, load_model, load_tokenizer, read_config, save_model
 from modeling import Transformer, mtp_loss, next_token_loss
 from moe import (
     expert_load,
@@ -37,39 +36,73 @@ from moe import (
 )
 
 from .corpus import batch, hold_out, read_text, train_vocabulary
-
-KEPT_CHECKPOINTS = 2
+from .generate import usable_device
+from .held_out import held_out_report
+from .training_state import checkpoints_in, restore, save_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--text", type=Path, required=True, help="UTF-8 text, plain or .xz; documents are separated by two blank lines")
-    add("--config", type=Path, required=True, help="config.json of the model, in its family's published spelling")
-    add("--out", type=Path, required=True, help="directory for checkpoints, log.jsonl and the trained model/")
+    add(
+        "--text",
+        type=Path,
+        required=True,
+        help="UTF-8 text, plain or .xz; documents are separated by two blank lines",
+    )
+    add(
+        "--config",
+        type=Path,
+        required=True,
+        help="config.json of the model, in its family's published spelling",
+    )
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="directory for checkpoints, log.jsonl and the trained model/",
+    )
     add("--steps", type=int, required=True)
     add("--warm-up-steps", type=int, default=200)
-    add("--decay-steps", type=int, default=0, help="the last so many steps: the learning rate falls to zero")
+    add(
+        "--decay-steps",
+        type=int,
+        default=0,
+        help="the last so many steps: the learning rate falls to zero",
+    )
     add("--batch-size", type=int, default=8, help="sequences a step")
     add("--sequence-length", type=int, default=512)
     add("--learning-rate", type=float, default=2e-3)
     add("--weight-decay", type=float, default=0.1, help="of matrices; norms have none")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--mtp-weight", type=float, default=0.3, help="of the MTP losses together")
-    add("--mtp-share", type=float, default=1.0, help="of the positions that the MTP losses look at; fewer are faster")
+    add(
+        "--mtp-share",
+        type=float,
+        default=1.0,
+        help="of the positions that the MTP losses look at; fewer are faster",
+    )
     add("--balance-weight", type=float, default=1e-4, help="of the sequence-wise balance loss")
     add("--bias-rate", type=float, default=1e-3, help="step of the selection bias")
     add("--initial-std", type=float, default=0.02)
     add("--hold-out", type=int, default=2, help="documents at the end of the text never trained on")
     add("--seed", type=int, default=0)
-    add("--precision", choices=("float32", "bfloat16"), default="float32", help="of matrix products; bfloat16 pays where the processor has instructions for it")
+    add(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of matrix products; bfloat16 pays where the processor has instructions for it",
+    )
+    add("--device", default="cpu", help="any device torch knows: cpu, cuda, mps ...")
     add("--save-every", type=int, default=250, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 
 
 def run(args: argparse.Namespace) -> int:
+    check(args)
+    device = usable_device(args.device)
     config = read_config(args.config)
     settings = comparable(args)
-    newest = newest_checkpoint(args.out)
+    newest = next(reversed(checkpoints_in(args.out)), None)
     if newest is not None and not args.resume:
         raise ValueError(f"{args.out}: holds {newest.name}; add --resume, or choose another --out")
     if newest is None and args.resume:
@@ -77,34 +110,63 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     training_text, held_out_text = hold_out(read_text(args.text), args.hold_out)
     tokenizer = vocabulary(args.out, training_text, config.vocab_size)
-    tokens_N = torch.tensor(tokenizer.encode(training_text, bos=False))
-    held_out_N = torch.tensor(tokenizer.encode(held_out_text, bos=False))
+    tokens_N = torch.tensor(tokenizer.encode(training_text))
+    held_out_N = torch.tensor(tokenizer.encode(held_out_text))
 
     model = Transformer(config)
     model.initialize(args.initial_std, args.seed)
+    model.to(device)
     optimizer = make_optimizer(model, args.weight_decay)
     first_step = 0
     if newest is not None:
-        first_step = restore(newest, model, optimizer, settings)
+        first_step = restore(newest, model, optimizer, settings, args.steps - args.decay_steps)
     log_path = args.out / "log.jsonl"
     keep_lines(log_path, first_step)
-    progress = tqdm(total=args.steps, initial=first_step, unit="step", file=sys.stderr, disable=None)
+    progress = tqdm(
+        total=args.steps, initial=first_step, unit="step", file=sys.stderr, disable=None
+    )
     with progress, log_path.open("a", encoding="utf-8") as log:
         for step in range(first_step, args.steps):
             started = time.perf_counter()
             tokens_BT = batch(tokens_N, step, args.batch_size, args.sequence_length, args.seed)
-            figures = train_step(model, optimizer, tokens_BT, step, args)
+            figures = train_step(model, optimizer, tokens_BT.to(device), step, args)
             figures |= {"step": step, "seconds": round(time.perf_counter() - started, 4)}
             log.write(json.dumps(figures) + "\n")
             progress.set_postfix(loss=f"{figures['loss']:.3f}")
             progress.update()
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 log.flush()
-                save_checkpoint(args.out, step + 1, model, optimizer, settings)
-    write_model(args.out, model)
-    bits = bits_per_byte(model, held_out_N, len(held_out_text.encode()), args.sequence_length)
-    print(json.dumps({"held_out_bits_per_byte": round(bits, 4), "steps": args.steps}))
+                fall_begins = args.steps - args.decay_steps
+                save_checkpoint(args.out, step + 1, model, optimizer, settings, fall_begins)
+    written = load_model(write_model(args.out, model), device, torch.float32, progress=False)
+    report = {"steps": args.steps, "tokens": args.steps * args.batch_size * args.sequence_length}
+    report |= held_out_report(written, held_out_N, len(held_out_text.encode()))
+    print(json.dumps(report, indent=2))
     return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse settings that cannot be meant, before any work is done."""
+    counts = ("steps", "batch_size", "save_every")
+    rules = [(name, getattr(args, name) >= 1, "at least 1") for name in counts]
+    rules += [
+        ("warm_up_steps", args.warm_up_steps >= 0, "at least 0"),
+        ("decay_steps", 0 <= args.decay_steps <= args.steps, "from 0 to --steps"),
+        ("sequence_length", args.sequence_length >= 4, "at least 4"),
+        ("learning_rate", 0 < args.learning_rate < math.inf, "positive and finite"),
+        ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0 and finite"),
+        ("clip", args.clip > 0, "positive"),
+        ("mtp_weight", 0 <= args.mtp_weight < math.inf, "at least 0 and finite"),
+        ("mtp_share", 0 < args.mtp_share <= 1, "in (0, 1]"),
+        ("balance_weight", 0 <= args.balance_weight < math.inf, "at least 0 and finite"),
+        ("bias_rate", 0 <= args.bias_rate < math.inf, "at least 0 and finite"),
+        ("initial_std", 0 < args.initial_std < math.inf, "positive and finite"),
+        ("hold_out", args.hold_out >= 1, "at least 1"),
+    ]
+    for name, holds, rule in rules:
+        if not holds:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {getattr(args, name)}: must be {rule}")
 
 
 def train_step(
@@ -116,12 +178,13 @@ def train_step(
 ) -> dict[str, Any]:
     """One update of the weights and of the selection biases; returns what the log shows."""
     head_VD, num_mtp, rate = model.head.weight, len(model.mtp), learning_rate(args, step)
-    reduced = torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bfloat16")
+    in_bfloat16 = args.precision == "bfloat16"
+    reduced = torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=in_bfloat16)
     with record_routing(model) as routings, reduced:
         states_BTD = model.hidden_states(tokens_BT)
         loss = next_token_loss(states_BTD, head_VD, tokens_BT)
         total = loss
-        further = torch.zeros(())
+        further = torch.zeros_like(loss)
         if num_mtp:
             depths = model.mtp_hidden_states(states_BTD, tokens_BT)
             looked_at_BT = share_of_positions(tokens_BT, args.mtp_share, step)
@@ -130,7 +193,7 @@ def train_step(
         balance = sum(sequence_balance_loss(r, len(tokens_BT)) for r in routings.values())
         total = total + args.balance_weight * balance
     if not math.isfinite(total.item()):
-        raise ValueError("the loss is not finite: lower --learning-rate, or resume with other data")
+        raise ValueError(f"the loss is not finite at step {step}: lower --learning-rate")
     optimizer.zero_grad()
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -158,7 +221,7 @@ def share_of_positions(tokens_BT: Tensor, share: float, step: int) -> Tensor | N
     if share >= 1:
         return None
     stride = round(1 / share)
-    kept_T = (torch.arange(tokens_BT.shape[1]) + step) % stride == 0
+    kept_T = (torch.arange(tokens_BT.shape[1], device=tokens_BT.device) + step) % stride == 0
     return kept_T.expand_as(tokens_BT)
 
 
@@ -185,86 +248,19 @@ def vocabulary(out: Path, text: str, num_pieces: int) -> Tokenizer:
     if not path.exists():
         partial = path.with_suffix(".partial")
         partial.write_bytes(train_vocabulary(text, num_pieces))
+        # the text is one long stream: no sequence of it begins with a BOS
+        (out / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}) + "\n")
         partial.replace(path)
     return load_tokenizer(out)
-
-
-@torch.no_grad()
-def bits_per_byte(model: Transformer, tokens_N: Tensor, num_bytes: int, length: int) -> float:
-    """-log2 of the probability of the text, per byte of it; sequences of `length` from no context.
-
-    Each sequence begins with the last token of the one before it, so every token but the very
-    first is predicted once.
-    """
-    nats = 0.0
-    for start in range(0, len(tokens_N) - 1, length - 1):
-        tokens_BT = tokens_N[None, start : start + length]
-        mean = next_token_loss(model.hidden_states(tokens_BT), model.head.weight, tokens_BT)
-        nats += mean.item() * (tokens_BT.shape[1] - 1)
-    return nats / math.log(2) / num_bytes
 
 
 def comparable(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that two halves of one run must share."""
     free = ("out", "resume", "command", "save_every", "steps", "decay_steps", "run")
     shared = {name: value for name, value in vars(args).items() if name not in free}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in shared.items()}
-
-
-def newest_checkpoint(out: Path) -> Path | None:
-    return max(out.glob("step-*[0-9]"), default=None, key=lambda path: int(path.name[5:]))
-
-
-def save_checkpoint(
-    out: Path,
-    step: int,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    settings: dict[str, Any],
-) -> None:
-    """Write step-N whole or not at all, then remove checkpoints older than the last ones."""
-    partial = out / f"step-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save_file(dict(model.state_dict()), partial / "weights.safetensors")
-    moments = {
-        f"{index}.{name}": value
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in shared.items()
     }
-    save_file(moments, partial / "optimizer.safetensors")
-    (partial / "training.json").write_text(json.dumps({"step": step, "settings": settings}))
-    for file in partial.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    final = out / f"step-{step}"
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    done = sorted(out.glob("step-*[0-9]"), key=lambda path: int(path.name[5:]))
-    for old in done[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
-
-
-def restore(
-    checkpoint: Path,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    settings: dict[str, Any],
-) -> int:
-    """Put a checkpoint's state into model and optimizer; returns the step to go on with."""
-    saved = json.loads((checkpoint / "training.json").read_text())
-    for name, value in saved["settings"].items():
-        if settings.get(name) != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{checkpoint}: was made with {flag} {value}, not {settings.get(name)}")
-    model.load_state_dict(load_file(checkpoint / "weights.safetensors"))
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return saved["step"]
 
 
 def keep_lines(path: Path, num_lines: int) -> None:
@@ -274,9 +270,13 @@ def keep_lines(path: Path, num_lines: int) -> None:
         path.write_text("".join(lines), encoding="utf-8")
 
 
-def write_model(out: Path, model: Transformer) -> None:
+def write_model(out: Path, model: Transformer) -> Path:
     """The trained model in bfloat16 in its family's published layout, with its tokenizer."""
-    final = out / "model"
+    final, fresh = out / "model", out / "model.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_model(copy.deepcopy(model).to(torch.bfloat16), fresh)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(out / name, fresh)
     shutil.rmtree(final, ignore_errors=True)
-    save_model(model.to(torch.bfloat16), final)
-    shutil.copy(out / "tokenizer.model", final)
+    fresh.rename(final)
+    return final

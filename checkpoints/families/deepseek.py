@@ -67,7 +67,7 @@ def model_config(fields: Fields, moe: MoEConfig, interleaved: bool) -> ModelConf
     fields.choice("hidden_act", known=["silu"], default="silu")
     fields.integer("moe_layer_freq", default=1, at_most=1)
     num_layers = fields.integer("num_hidden_layers", at_most=1000)
-    num_dense = fields.integer("first_k_dense_replace", at_least=0)
+    num_dense = fields.integer("first_k_dense_replace", at_least=0, at_most=num_layers)
     attention = MLAConfig(
         num_heads=fields.integer("num_attention_heads"),
         query_rank=fields.optional_integer("q_lora_rank"),
@@ -93,7 +93,7 @@ def model_config(fields: Fields, moe: MoEConfig, interleaved: bool) -> ModelConf
         mtp=(sparse,) * num_mtp,
         norm_epsilon=fields.number("rms_norm_eps", default=1e-6),
         tied_embeddings=fields.flag("tie_word_embeddings", default=False),
-        max_length=fields.integer("max_position_embeddings"),
+        max_length=fields.integer("max_position_embeddings", at_most=2**40),
         published=dict(fields.raw),
     )
 
@@ -112,22 +112,23 @@ def rope_config(fields: Fields, layout: str) -> RopeConfig:
     if kind == "default":
         return RopeConfig(width=width, theta=theta, layout=layout)
     factor = scaling.number("factor")
-    mscale = scaling.number("mscale", default=0.0)
-    mscale_all = scaling.number("mscale_all_dim", default=0.0)
+    mscale = scaling.number("mscale", default=0.0, at_least=0)
+    mscale_all = scaling.number("mscale_all_dim", default=0.0, at_least=0)
     ratio = g(mscale, factor) / g(mscale_all, factor) if mscale and mscale_all else g(1.0, factor)
+    multiplier = g(mscale_all, factor) * g(mscale_all, factor) if mscale_all else 1.0
     return RopeConfig(
         width=width,
         theta=theta,
         layout=layout,
         yarn=YarnConfig(
             factor=factor,
-            original_length=scaling.integer("original_max_position_embeddings"),
+            original_length=scaling.integer("original_max_position_embeddings", at_most=2**40),
             beta_fast=scaling.number("beta_fast", default=32.0),
             beta_slow=scaling.number("beta_slow", default=1.0),
             truncate=scaling.flag("truncate", default=True),
         ),
         amplitude=scaling.number("attention_factor", default=ratio),
-        softmax_multiplier=g(mscale_all, factor) ** 2 if mscale_all else 1.0,
+        softmax_multiplier=multiplier,
     )
 
 

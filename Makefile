@@ -1,0 +1,27 @@
+PROMPT ?= Once upon a time there was a poor woodcutter
+PYTHON ?= python3
+
+.PHONY: demo test check
+
+demo: .venv/installed
+	@.venv/bin/python -m tools generate --prompt "$$PROMPT" --max-new-tokens 300 \
+		--draft-tokens 1 2>&1
+
+test: .venv/installed-for-tests
+	.venv/bin/python -m pytest
+
+check: .venv/installed-for-tests
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-for-tests: .venv/installed
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable ".[test,check]"
+	touch $@
+
+export PROMPT

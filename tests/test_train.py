@@ -1,0 +1,169 @@
+"""Training: a resumed run is the uninterrupted one, to the bit; checkpoints are whole or absent."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoints import load_model, load_tokenizer
+from tools import corpus, held_out, training_state
+from tools.__main__ import main
+from tools.make_tiny import CONFIGS
+from tools.train import learning_rate
+
+STORY = "Once there was a king, {i} years old, who had {i} sons and as many golden apples.\n\n"
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    books = ["".join(STORY.format(i=10 * book + i) for i in range(40)) for book in range(4)]
+    (folder / "text.txt").write_text("\n\n\n".join(books), encoding="utf-8")
+    config = CONFIGS["deepseek_v3"] | {"vocab_size": 300, "max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def few_prompts(monkeypatch):
+    monkeypatch.setattr(held_out, "NUM_PROMPTS", 2)
+
+
+def train(paths, out: str, *flags: str, steps: int = 6) -> int:
+    fixed = ["--text", paths / "text.txt", "--config", paths / "config.json", "--out", paths / out]
+    fixed += ["--steps", steps, "--batch-size", 2, "--sequence-length", 24, "--warm-up-steps", 2]
+    fixed += ["--save-every", 2, "--hold-out", 1, "--learning-rate", 0.01]
+    return main(["train", *map(str, fixed), *flags])
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(paths, capsys):
+    assert train(paths, "whole", "--decay-steps", "2") == 0
+    assert train(paths, "halves", steps=4) == 0
+    assert train(paths, "halves", "--decay-steps", "2", "--resume") == 0
+    whole, halves = paths / "whole", paths / "halves"
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        expected = load_file(whole / "step-6" / name)
+        resumed = load_file(halves / "step-6" / name)
+        assert expected.keys() == resumed.keys()
+        assert all(resumed[key].equal(tensor) for key, tensor in expected.items()), name
+    logs = [(path / "log.jsonl").read_text().splitlines() for path in (whole, halves)]
+    runs = [[json.loads(line) | {"seconds": 0} for line in log] for log in logs]
+    assert len(runs[0]) == 6
+    assert runs[0] == runs[1]
+
+
+def test_the_report_and_the_written_model_are_complete(paths, capsys):
+    train(paths, "reported")
+    report = json.loads(capsys.readouterr().out)
+    assert report["held_out_bits_per_byte"] > 0
+    assert report["expert_load"].keys() == {"1", "2", "3"}
+    assert report["drafted"] > 0
+    model = load_model(paths / "reported" / "model", progress=False)
+    assert model.embed.weight.dtype == torch.bfloat16
+    assert len(model.mtp) == 1
+    assert load_tokenizer(paths / "reported" / "model").vocab_size == 300
+
+
+def test_learning_reduces_the_loss_and_every_router_is_balanced(paths):
+    train(paths, "learning", steps=30)
+    log = [json.loads(line) for line in (paths / "learning" / "log.jsonl").open()]
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    assert log[-1]["mtp_loss"] < 0.8 * log[0]["mtp_loss"]
+    weights = load_file(paths / "learning" / "step-30" / "weights.safetensors")
+    biases = {name: t for name, t in weights.items() if name.endswith("selection_bias")}
+    assert len(biases) == 3  # two sparse layers and the MTP module
+    assert all(bias.abs().max() > 0 for bias in biases.values())
+
+
+def test_bfloat16_trains_too(paths):
+    assert train(paths, "bfloat16", "--precision", "bfloat16", steps=2) == 0
+
+
+def test_an_interrupted_save_leaves_the_last_good_checkpoint(paths, monkeypatch, capsys):
+    train(paths, "cut", steps=2)
+    before = (paths / "cut" / "step-2" / "weights.safetensors").read_bytes()
+    really_save = training_state.save_file
+
+    def interrupted(tensors, path):
+        really_save(tensors, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_state, "save_file", interrupted)
+    assert train(paths, "cut", "--resume", steps=4) == 130
+    monkeypatch.undo()
+    assert (paths / "cut" / "step-2" / "weights.safetensors").read_bytes() == before
+    assert not (paths / "cut" / "step-4").exists()
+    assert train(paths, "cut", "--resume", steps=4) == 0
+    assert (paths / "cut" / "step-4").exists()
+    assert len((paths / "cut" / "log.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(paths, capsys):
+    train(paths, "kept", steps=2)
+    wrong = {
+        "--resume": (),
+        "--seed": ("--resume", "--seed", "5"),
+        "--decay-steps": ("--resume", "--decay-steps", "3"),
+    }
+    for named, flags in wrong.items():
+        capsys.readouterr()
+        assert train(paths, "kept", *flags, steps=4) == 2
+        error = capsys.readouterr().err
+        assert named in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--steps", "0"),
+        ("--decay-steps", "99"),
+        ("--learning-rate", "-1"),
+        ("--learning-rate", "nan"),
+        ("--mtp-share", "0"),
+        ("--hold-out", "9"),
+        ("--batch-size", "100000"),
+        ("--device", "abacus"),
+        ("--text", "nowhere.txt"),
+        ("--config", "nowhere.json"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(paths, capsys, flag, value):
+    assert train(paths, "wrong" + flag + value, flag, value) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_every_epoch_tiles_the_text_and_no_step_repeats_another():
+    tokens_N = torch.arange(1000)
+    per_epoch = (1000 - 16) // 16 // 4
+    for epoch in range(3):
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        batches = [corpus.batch(tokens_N, step, 4, 16, seed=1) for step in steps]
+        seen = torch.cat(batches).flatten()
+        assert len(seen.unique()) == len(seen)
+        assert all((b[:, 1:] - b[:, :-1] == 1).all() for b in batches)
+
+
+def test_held_out_documents_are_the_last_ones():
+    text = "a\n\n\nb\n\n\nc"
+    assert corpus.hold_out(text, 2) == ("a", "b\n\n\nc")
+    with pytest.raises(ValueError, match="has 3 documents"):
+        corpus.hold_out(text, 3)
+
+
+def test_the_vocabulary_spells_any_text(paths):
+    (paths / "tokenizer.model").write_bytes(corpus.train_vocabulary(STORY * 9, 300))
+    tokenizer = load_tokenizer(paths)
+    for text in ("Once there  was\n\n\n a king.", " \t5 €\U0001f9da\u200dx"):
+        assert tokenizer.decode(tokenizer.encode(text, bos=False)) == text
+
+
+def test_the_learning_rate_warms_up_stays_and_falls():
+    class Settings:
+        steps, warm_up_steps, decay_steps, learning_rate = 10, 2, 4, 1.0
+
+    rates = [learning_rate(Settings, step) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])

@@ -1,0 +1,67 @@
+"""What a trained model does on text that it has not seen: bits per byte, expert load, drafts.
+
+Shapes: N tokens of the text, B rows, T positions.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling import Transformer, generate, next_token_loss
+from moe import expert_load, record_routing
+
+NUM_PROMPTS, MAX_PROMPT = 32, 96  # each is continued by as many tokens as it has
+
+
+def held_out_report(model: Transformer, tokens_N: Tensor, num_bytes: int) -> dict[str, Any]:
+    """Every figure, for a text of this many bytes."""
+    with record_routing(model) as routings:
+        bits = bits_per_byte(model, tokens_N, num_bytes)
+    loads = {layer: expert_load(routing) for layer, routing in routings.items()}
+    report: dict[str, Any] = {
+        "held_out_bits_per_byte": round(bits, 4),
+        "held_out_tokens": len(tokens_N),
+        "expert_load": {
+            layer: {"least": round(load.min().item(), 3), "greatest": round(load.max().item(), 3)}
+            for layer, load in loads.items()
+        },
+    }
+    if model.mtp:
+        drafted, accepted = draft_acceptance(model, tokens_N)
+        report |= {"drafted": drafted, "accepted": accepted}
+        report["draft_acceptance"] = round(accepted / max(1, drafted), 4)
+    return report
+
+
+@torch.no_grad()
+def bits_per_byte(model: Transformer, tokens_N: Tensor, num_bytes: int) -> float:
+    """-log2 of the probability of the text, per byte of it, read in pieces of the model's length.
+
+    Each piece starts from nothing with the last token of the one before it, so every token but the
+    very first is predicted once. (MTP modules read along, for the record of their routing.)
+    """
+    nats, length = 0.0, model.config.max_length
+    for start in range(0, len(tokens_N) - 1, length - 1):
+        tokens_BT = tokens_N[None, start : start + length]
+        states_BTD = model.hidden_states(tokens_BT)
+        nats += next_token_loss(states_BTD, model.head.weight, tokens_BT).item() * (
+            tokens_BT.shape[1] - 1
+        )
+        model.mtp_hidden_states(states_BTD, tokens_BT)
+    return nats / math.log(2) / num_bytes
+
+
+def draft_acceptance(model: Transformer, tokens_N: Tensor) -> tuple[int, int]:
+    """Drafts made and accepted in greedy continuations of evenly spaced passages, one at a time."""
+    drafted = accepted = 0
+    length = min(MAX_PROMPT, model.config.max_length // 2)
+    for start in torch.linspace(0, len(tokens_N) - length, NUM_PROMPTS).long().tolist():
+        prompt = tokens_N[start : start + length].tolist()
+        generation = generate(model, prompt, length, draft_tokens=1)
+        for _ in generation:
+            pass
+        drafted += sum(generation.statistics.drafted)
+        accepted += sum(generation.statistics.accepted)
+    return drafted, accepted
