@@ -42,7 +42,8 @@ class Drafter:
             number = min(depth, len(self.modules))
             if depth == number:
                 states = [
-                    torch.cat(pair) for pair in zip(self.waiting[depth - 1], states, strict=True)
+                    torch.cat([waiting, new]) if len(new) else new
+                    for waiting, new in zip(self.waiting[depth - 1], states, strict=True)
                 ]
             else:
                 states = [states_nD[-1:] for states_nD in states]

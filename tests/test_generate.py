@@ -1,0 +1,198 @@
+"""Generation: greedy is the argmax of plain forwards, drafts change nothing, rows stand alone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import gqa, mla, model_config, transformer
+
+from modeling import Transformer, drafting, generate, generate_batch
+
+prompt_lists = st.lists(st.integers(0, 22), min_size=1, max_size=9)
+MODELS = {
+    (kind, mtp): transformer(model_config(attention(), mtp=mtp))
+    for kind, attention in (("mla", mla), ("gqa", gqa))
+    for mtp in (1, 2, 3)
+}
+SAMPLED = {"temperature": 1.3, "top_k": 15, "top_p": 0.95, "min_p": 0.001, "seed": 4}
+
+
+def argmax_continuation(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    """Greedy decoding without any cache: the whole forward again for every token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@settings(max_examples=8)
+@given(prompt_lists)
+def test_greedy_is_the_argmax_of_whole_forwards(prompt):
+    model = MODELS["mla", 1]
+    assert list(generate(model, prompt, 6)) == argmax_continuation(model, prompt, 6)
+
+
+@settings(max_examples=6)
+@given(
+    st.sampled_from(sorted(MODELS)),
+    st.lists(prompt_lists, min_size=1, max_size=4),
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from([{}, SAMPLED]),
+)
+def test_drafts_and_neighbours_change_no_token(which, prompts, draft_tokens, sampling):
+    model = MODELS[which]
+    plain = [list(generate(model, prompt, 12, **sampling)) for prompt in prompts]
+    alone = [
+        list(generate(model, prompt, 12, draft_tokens=draft_tokens, **sampling))
+        for prompt in prompts
+    ]
+    assert alone == plain
+    assert generate_batch(model, prompts, 12, draft_tokens=draft_tokens, **sampling) == plain
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 1, 2, 5])
+def test_stop_ids_and_limits_cut_where_plain_decoding_would(draft_tokens):
+    model = MODELS["mla", 2]
+    plain = list(generate(model, [3, 1], 20))
+    for stop in set(plain):
+        expected = plain[: plain.index(stop)]
+        found = generate(model, [3, 1], 20, stop_ids=[stop], draft_tokens=draft_tokens)
+        assert list(found) == expected
+    for limit in range(5):
+        assert list(generate(model, [3, 1], limit, draft_tokens=draft_tokens)) == plain[:limit]
+    whole_context = model.config.max_length - 2
+    longest = list(generate(model, [3, 1], whole_context, draft_tokens=draft_tokens))
+    assert len(longest) == whole_context
+    assert longest[:20] == plain
+
+
+def agreeable(num_modules: int) -> Transformer:
+    """A model whose drafts are often right: its layers add little to the embedding."""
+    model = transformer(model_config(mla(), mtp=num_modules), seed=3)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.endswith(("attention.o.weight", "down", "down.weight")):
+                tensor.mul_(0.05)
+        for module in model.mtp.values():
+            module.projection.weight.zero_()
+            module.projection.weight[:, : model.config.d_model] += torch.eye(model.config.d_model)
+            module.norm.weight.copy_(model.norm.weight)
+    return model
+
+
+@pytest.mark.parametrize("num_modules", [1, 2, 3])
+def test_drafts_are_what_the_modules_predict_from_the_whole_text(num_modules, monkeypatch):
+    """The caches of the modules hold, after any number of rejections, what they should."""
+    model = agreeable(num_modules)
+    rounds = []
+    really_draft = drafting.Drafter.draft
+
+    def recorded(self, confirmed, tokens, count):
+        drafts = really_draft(self, confirmed, tokens, count)
+        rounds.append(([list(row) for row in tokens], drafts))
+        return drafts
+
+    monkeypatch.setattr(drafting.Drafter, "draft", recorded)
+    prompts = [[5], [3, 1, 4, 1, 5, 9, 2, 6], [2, 7]]
+    generate_batch(model, prompts, 16, draft_tokens=num_modules)
+    checked = 0
+    for texts, drafts in rounds:
+        for text, drafted in zip(texts, drafts, strict=True):
+            for depth, draft in enumerate(drafted, start=1):
+                known = torch.tensor([text + drafted[: depth - 1]])
+                if known.shape[1] > depth:
+                    assert draft == int(model.mtp_logits(known)[depth - 1][0, -1].argmax())
+                    checked += 1
+    assert checked > 20
+
+
+def test_drafts_beyond_the_modules_come_from_the_last_ones_own_state(monkeypatch):
+    model = agreeable(1)
+    (module,) = model.mtp.values()
+    rounds = []
+    really_draft = drafting.Drafter.draft
+
+    def recorded(self, confirmed, tokens, count):
+        drafts = really_draft(self, confirmed, tokens, count)
+        rounds.append((list(tokens[0]), drafts[0]))
+        return drafts
+
+    monkeypatch.setattr(drafting.Drafter, "draft", recorded)
+    list(generate(model, [5, 2, 8], 14, draft_tokens=3))
+    for text, drafted in rounds:
+        states_BTD = model.hidden_states(torch.tensor([text]))[:, :-1]
+        followers = list(text[1:])
+        for draft in drafted:
+            tokens_BT = torch.tensor([followers])
+            positions = drafting.new_positions([0], tokens_BT)
+            own_BTD = module(states_BTD, model.embed(tokens_BT), positions, None)
+            assert draft == int(model.logits(own_BTD[:, -1]).argmax())
+            states_BTD = torch.cat([states_BTD, own_BTD[:, -1:]], dim=1)
+            followers.append(draft)
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 3])
+def test_statistics_count_drafts_and_rounds(draft_tokens, monkeypatch):
+    model = agreeable(1)
+    forwards = []
+    really_forward = Transformer.hidden_states
+    monkeypatch.setattr(
+        Transformer,
+        "hidden_states",
+        lambda self, *inputs: forwards.append(1) or really_forward(self, *inputs),
+    )
+    generation = generate(model, [5, 2, 8], 20, draft_tokens=draft_tokens)
+    tokens = list(generation)
+    statistics = generation.statistics
+    assert statistics.prompt_tokens == 3
+    assert statistics.generated_tokens == len(tokens) == 20
+    assert sum(statistics.accepted) > 0
+    assert all(a <= d for a, d in zip(statistics.accepted, statistics.drafted, strict=True))
+    # every round gains the drafts it accepts and one token more
+    assert len(forwards) + sum(statistics.accepted) == 20
+    assert statistics.prompt_seconds > 0
+    assert statistics.generation_seconds > 0
+    assert statistics.cache_bytes_per_token == model.make_cache(1, 1).nbytes
+
+
+def test_a_greedy_run_draws_no_random_numbers():
+    before = torch.random.get_rng_state()
+    list(generate(MODELS["mla", 1], [1, 2], 5, draft_tokens=2))
+    assert torch.random.get_rng_state().equal(before)
+
+
+def test_tokens_come_one_by_one_before_the_end():
+    generation = generate(MODELS["mla", 1], [1, 2], 30)
+    first = next(generation)
+    assert generation.statistics.generated_tokens == 1
+    assert [first, *generation] == list(generate(MODELS["mla", 1], [1, 2], 30))
+
+
+def test_nothing_to_do_gives_nothing():
+    assert list(generate(MODELS["mla", 1], [1], 0)) == []
+    assert generate_batch(MODELS["mla", 1], [], 5) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_ids": []}, "no token"),
+        ({"prompt_ids": [1, 23]}, "token id 23 at position 1"),
+        ({"prompt_ids": [-1]}, "token id -1 at position 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens = -1"),
+        ({"max_new_tokens": 63}, "exceed the model's 64 positions"),
+        ({"draft_tokens": -1}, "draft_tokens = -1"),
+        ({"temperature": -0.5}, "temperature = -0.5"),
+        ({"top_p": 0.0}, "top_p = 0.0"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused_before_any_work(arguments, message):
+    settings = {"prompt_ids": [1, 2], "max_new_tokens": 4} | arguments
+    with pytest.raises(ValueError, match=message):
+        generate(MODELS["mla", 1], **settings)
+
+
+def test_drafts_need_modules():
+    model = transformer(model_config(mla()))
+    with pytest.raises(ValueError, match="MTP modules"):
+        generate(model, [1], 3, draft_tokens=1)

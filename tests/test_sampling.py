@@ -1,0 +1,99 @@
+"""Choosing a token: what temperature, top-k, top-p and min-p leave of a distribution."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeling.sampling import Sampling, random_stream
+
+logit_lists = st.lists(st.floats(-8, 8), min_size=1, max_size=12)
+
+
+def kept(logits: list[float], **settings) -> set[int]:
+    """The tokens with any probability left."""
+    sampling = Sampling(temperature=1.0, **settings)
+    probability_V = sampling.probabilities(torch.tensor(logits, dtype=torch.float64))
+    return set(probability_V.nonzero().flatten().tolist())
+
+
+def plain_probabilities(logits: list[float], temperature: float) -> list[float]:
+    weights = [2.718281828459045 ** ((x - max(logits)) / temperature) for x in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+@given(logit_lists, st.floats(0.2, 3))
+def test_temperature_divides_the_logits(logits, temperature):
+    sampling = Sampling(temperature=temperature)
+    found_V = sampling.probabilities(torch.tensor(logits, dtype=torch.float64))
+    assert found_V.tolist() == pytest.approx(plain_probabilities(logits, temperature), abs=1e-9)
+
+
+def test_each_filter_keeps_what_it_says():
+    logits = [float(x) for x in torch.tensor([0.5, 0.3, 0.15, 0.05]).log()]
+    assert kept(logits, top_k=2) == {0, 1}
+    assert kept(logits, top_k=99) == {0, 1, 2, 3}
+    assert kept(logits, top_p=0.79) == {0, 1}
+    assert kept(logits, top_p=0.81) == {0, 1, 2}
+    assert kept(logits, top_p=1.0) == {0, 1, 2, 3}
+    assert kept(logits, top_p=1e-6) == {0}
+    assert kept(logits, min_p=0.29) == {0, 1, 2}
+    assert kept(logits, min_p=0.31) == {0, 1}
+    assert kept(logits, min_p=1.0) == {0}
+    # each filter sees what the one before it left, renormalised
+    assert kept(logits, top_k=2, top_p=0.6) == {0}
+
+
+@given(logit_lists, st.integers(1, 12), st.floats(0.01, 1), st.floats(0, 1))
+def test_filters_only_remove_and_never_the_likeliest(logits, top_k, top_p, min_p):
+    sampling = Sampling(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
+    found_V = sampling.probabilities(torch.tensor(logits, dtype=torch.float64))
+    assert found_V.sum().item() == pytest.approx(1)
+    assert found_V[torch.tensor(logits).argmax()] > 0
+
+
+def test_draws_follow_the_distribution():
+    logits_V = torch.tensor([0.6, 0.3, 0.1]).log()
+    random = random_stream(0)
+    draws = [Sampling(temperature=1.0).choose(logits_V, random) for _ in range(3000)]
+    shares = [draws.count(token) / 3000 for token in range(3)]
+    assert shares == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
+
+
+def test_greedy_takes_the_likeliest_and_draws_nothing():
+    random = random_stream(3)
+    before = random.get_state()
+    assert Sampling().choose(torch.tensor([0.1, 3.0, 2.0]), random) == 1
+    assert random.get_state().equal(before)
+
+
+def test_streams_repeat_with_a_seed_and_differ_without_one():
+    draws = [torch.rand(4, generator=random_stream(seed)).tolist() for seed in (5, 5, 6, None)]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
+    assert draws[0] != draws[3]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+    ],
+)
+def test_settings_that_no_distribution_has_are_refused_by_name(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"{name} = {value}"):
+        Sampling(**settings)
+
+
+def test_logits_that_are_no_numbers_are_an_error():
+    with pytest.raises(ValueError, match="NaN"):
+        Sampling().choose(torch.tensor([0.0, float("nan")]), random_stream(0))
