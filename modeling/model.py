@@ -3,7 +3,7 @@
 Shapes: B batch, T new tokens, D model width, V vocabulary.
 """
 
-from typing import assert_never
+from typing import assert_never, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,27 +24,24 @@ class Block(nn.Module):
 
     def __init__(self, d_model: int, norm_epsilon: float, config: LayerConfig) -> None:
         super().__init__()
-        self.attention: nn.Module
+        self.attention: GroupedQueryAttention | MultiHeadLatentAttention
         self.feed_forward: nn.Module
         self.attention_norm = RMSNorm(d_model, norm_epsilon)
         match config.attention:
-            case GQAConfig() as attention:
-                self.attention = GroupedQueryAttention(d_model, attention)
-            case MLAConfig() as attention:
-                self.attention = MultiHeadLatentAttention(d_model, attention)
+            case GQAConfig() as gqa:
+                self.attention = GroupedQueryAttention(d_model, gqa)
+            case MLAConfig() as mla:
+                self.attention = MultiHeadLatentAttention(d_model, mla)
             case other:
                 assert_never(other)
         self.feed_forward_norm = RMSNorm(d_model, norm_epsilon)
         match config.feed_forward:
             case DenseConfig(width=width):
                 self.feed_forward = FeedForward(d_model, width)
-            case MoEConfig() as feed_forward:
-                self.feed_forward = MoE(d_model, feed_forward)
-            case other:
-                assert_never(other)
-
-    def make_cache(self, batch_size: int, max_length: int) -> LayerCache:
-        return self.attention.make_cache(batch_size, max_length)
+            case MoEConfig() as moe:
+                self.feed_forward = MoE(d_model, moe)
+            case unknown:
+                assert_never(unknown)
 
     def forward(self, x_BTD: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), positions, cache)
@@ -105,11 +102,13 @@ class Transformer(nn.Module):
 
     def make_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache on the model's device and in its dtype, for the main layers."""
-        return Cache([layer.make_cache(batch_size, max_length) for layer in self.layers])
+        layers = cast(list[Block], self.layers)
+        return Cache([layer.attention.make_cache(batch_size, max_length) for layer in layers])
 
     def make_mtp_caches(self, batch_size: int, max_length: int) -> list[LayerCache]:
         """An empty cache for each MTP module."""
-        return [module.block.make_cache(batch_size, max_length) for module in self.mtp.values()]
+        blocks = [cast(Block, module.block) for module in self.mtp.values()]
+        return [block.attention.make_cache(batch_size, max_length) for block in blocks]
 
     def mtp_logits(self, tokens_BT: Tensor) -> list[Tensor]:
         """Logits of depths k = 1, 2, ...: (B, T - k, V); position i predicts token i + 1 + k."""

@@ -156,10 +156,10 @@ def test_a_tokens_experts_are_summed_in_the_weights_precision_and_rounded_once()
 @pytest.mark.parametrize(
     ("pays", "because", "dtype", "N", "D", "F"),
     [
-        (True, "there are as many pairs as experts", torch.float32, 3, 8, 4),
-        (True, "there are as many pairs as experts", torch.bfloat16, 3, 16, 8),
-        (False, "there are fewer pairs than experts", torch.float32, 2, 8, 4),
-        (False, "there are no pairs", torch.float32, 0, 8, 4),
+        (True, "there are several tokens", torch.float32, 2, 8, 4),
+        (True, "there are several tokens", torch.bfloat16, 3, 16, 8),
+        (False, "there is one token", torch.float32, 1, 8, 4),
+        (False, "there is no token", torch.float32, 0, 8, 4),
         (False, "float64 has no grouped product", torch.float64, 3, 8, 4),
         (False, "this rule names no float16", torch.float16, 3, 16, 8),
         (False, "rows of x are no whole 16 bytes", torch.float32, 3, 6, 4),
@@ -168,10 +168,10 @@ def test_a_tokens_experts_are_summed_in_the_weights_precision_and_rounded_once()
         (False, "hidden rows are no whole 16 bytes", torch.bfloat16, 3, 16, 4),
     ],
 )
-def test_grouping_pays_only_where_it_can_run_and_has_enough_pairs(pays, because, dtype, N, D, F):
+def test_grouping_pays_where_it_can_run_and_has_several_tokens(pays, because, dtype, N, D, F):
     x_ND, weights_NK, experts_NK, *stacks = make_inputs(N, 6, 2, D, F)
     x_ND, *stacks = (tensor.to(dtype) for tensor in (x_ND, *stacks))
-    assert grouping_pays(x_ND, experts_NK, stacks[0]) is pays, because
+    assert grouping_pays(x_ND, stacks[0]) is pays, because
     if pays:
         assert experts_grouped(x_ND, weights_NK, experts_NK, *stacks).shape == (N, D)
 

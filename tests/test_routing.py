@@ -342,5 +342,7 @@ def test_the_selection_bias_becomes_float64_with_the_model():
     router = make_router([[1.0], [1.0]], scoring="sigmoid", selection_bias=True)
     router.selection_bias.copy_(torch.tensor([10.001, 10.002]))
     expected_E = torch.tensor([10.001, 10.002]).double()
-    assert torch.equal(nn.Sequential(router).double()[0].selection_bias, expected_E)
+    bias_E = nn.Sequential(router).double()[0].selection_bias
+    assert bias_E.dtype == torch.float64
+    assert torch.equal(bias_E, expected_E)
     assert router(torch.zeros(1, 1, dtype=torch.float64)).scores_NE.dtype == torch.float64
