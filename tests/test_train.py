@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoints import load_model, load_tokenizer
+from moe import MoEConfig, Router
 from tools import corpus, held_out, training_state
 from tools.__main__ import main
 from tools.make_tiny import CONFIGS
-from tools.train import learning_rate
+from tools.train import keep_routers_exact, learning_rate
 
 STORY = "Once there was a king, {i} years old, who had {i} sons and as many golden apples.\n\n"
 
@@ -78,6 +79,17 @@ def test_learning_reduces_the_loss_and_every_router_is_balanced(paths):
 
 def test_bfloat16_trains_too(paths):
     assert train(paths, "bfloat16", "--precision", "bfloat16", steps=2) == 0
+
+
+def test_routers_stay_exact_where_the_rest_is_bfloat16():
+    router = Router(16, MoEConfig(num_experts=8, top_k=2, expert_width=8, scoring="sigmoid"))
+    x_ND = torch.randn(5, 16)
+    torch.nn.init.normal_(router.weight)
+    exact = router(x_ND).logits_NE
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not router(x_ND).logits_NE.equal(exact)
+        keep_routers_exact(router, torch.device("cpu"))
+        assert router(x_ND).logits_NE.equal(exact)
 
 
 def test_an_interrupted_save_leaves_the_last_good_checkpoint(paths, monkeypatch, capsys):

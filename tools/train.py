@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = Transformer(config)
     model.initialize(args.initial_std, args.seed)
-    model.to(device)
+    keep_routers_exact(model.to(device), device)
     optimizer = make_optimizer(model, args.weight_decay)
     first_step = 0
     if newest is not None:
@@ -214,6 +214,12 @@ def train_step(
         "least_load": round(min((load.min().item() for load in loads.values()), default=1.0), 3),
         "greatest_load": round(max((load.max().item() for load in loads.values()), default=1.0), 3),
     }
+
+
+def keep_routers_exact(model: Transformer, device: torch.device) -> None:
+    """Have routers compute in their own precision where the rest runs in bfloat16."""
+    for router in routers(model).values():
+        router.forward = torch.autocast(device.type, enabled=False)(router.forward)  # type: ignore[method-assign]
 
 
 def share_of_positions(tokens_BT: Tensor, share: float, step: int) -> Tensor | None:
