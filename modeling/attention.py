@@ -30,7 +30,7 @@ def attend(
     (T, S) scores want one width for both.
     """
     T, S, P, M = q_BHTP.shape[2], k_BJSP.shape[2], q_BHTP.shape[3], v_BJSM.shape[3]
-    y_BHTM = F.scaled_dot_product_attention(
+    y_BHTm = F.scaled_dot_product_attention(
         q_BHTP,
         k_BJSP,
         F.pad(v_BJSM, (0, P - M)) if M < P else v_BJSM,
@@ -39,7 +39,7 @@ def attend(
         scale=scale,
         enable_gqa=q_BHTP.shape[1] != k_BJSP.shape[1],
     )
-    return y_BHTM[..., :M]
+    return y_BHTm[..., :M]
 
 
 class GroupedQueryAttention(nn.Module):

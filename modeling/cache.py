@@ -20,6 +20,10 @@ class LayerCache:
     def __init__(
         self, batch_size: int, max_length: int, widths: Sequence[int], like: Tensor
     ) -> None:
+        if batch_size < 1 or max_length < 1:
+            raise ValueError(
+                f"a cache of {batch_size} rows and {max_length} positions holds nothing"
+            )
         # zeros, not empty: what is never attended to must still be finite
         self.buffers = [like.new_zeros(batch_size, max_length, width) for width in widths]
         self.lengths = [0] * batch_size
@@ -53,6 +57,8 @@ class LayerCache:
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget what lies behind `lengths[row]` in each row."""
+        if len(lengths) != len(self.lengths):
+            raise ValueError(f"{len(lengths)} lengths for a cache of {len(self.lengths)} rows")
         for row, (length, held) in enumerate(zip(lengths, self.lengths, strict=True)):
             if not 0 <= length <= held:
                 raise ValueError(f"row {row} holds {held} positions: cannot truncate to {length}")

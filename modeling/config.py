@@ -136,5 +136,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "max_length"):
             require_int(name, getattr(self, name))
-        require(len(self.layers) > 0, "layers", self.layers, "must hold at least one layer")
+        some_layers = isinstance(self.layers, tuple) and len(self.layers) > 0
+        require(some_layers, "layers", self.layers, "must be a tuple of at least one layer")
         require_number("norm_epsilon", self.norm_epsilon, 0, INFINITY)

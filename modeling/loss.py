@@ -9,7 +9,7 @@ from torch.nn.functional import linear_cross_entropy
 
 
 def next_token_loss(
-    states_BTD: Tensor,
+    states_BtD: Tensor,
     head_VD: Tensor,
     tokens_BT: Tensor,
     ahead: int = 1,
@@ -17,16 +17,17 @@ def next_token_loss(
 ) -> Tensor:
     """Mean cross-entropy in nats when position i predicts token i + `ahead`.
 
-    states_BTD: of `Transformer.hidden_states`, or of an MTP depth, which has fewer positions than
+    states_BtD: of `Transformer.hidden_states`, or of an MTP depth, which has fewer positions than
     there are tokens; positions whose target lies behind the last token are left out.
     mask_BT: True where a token counts as a target. head_VD: the head's weight.
-    The logits of all positions together never exist: torch runs head and loss chunk by chunk.
+    The result has the dtype of the states. The logits of all positions never exist together:
+    torch runs head and loss chunk by chunk.
     """
-    target_BT = tokens_BT[:, ahead:]
-    states_BTD = states_BTD[:, : target_BT.shape[1]]
+    target_Bt = tokens_BT[:, ahead:]
+    states_BtD = states_BtD[:, : target_Bt.shape[1]]
     if mask_BT is None:
-        states_nD, target_n = states_BTD.flatten(0, 1), target_BT.flatten()
+        states_nD, target_n = states_BtD.flatten(0, 1), target_Bt.flatten()
     else:
-        counted_BT = mask_BT[:, ahead:]
-        states_nD, target_n = states_BTD[counted_BT], target_BT[counted_BT]
+        counted_Bt = mask_BT[:, ahead:]
+        states_nD, target_n = states_BtD[counted_Bt], target_Bt[counted_Bt]
     return linear_cross_entropy(states_nD, head_VD, target_n, options=LinearCrossEntropyOptions())

@@ -72,8 +72,8 @@ class MultiHeadLatentAttention(nn.Module):
         """Attend per head to keys and values made from the latents; (B, T, H, M)."""
         c = self.config
         latent_BSC, key_BSR = kept_BSW.split([c.kv_rank, c.rope.width], dim=-1)
-        kv_BHSp = rearrange(self.kv_expand(latent_BSC), "B S (H p) -> B H S p", H=c.num_heads)
-        k_BHSP, v_BHSM = kv_BHSp.split([c.nope_width, c.value_width], dim=-1)
+        kv_BHSm = rearrange(self.kv_expand(latent_BSC), "B S (H p) -> B H S p", H=c.num_heads)
+        k_BHSP, v_BHSM = kv_BHSm.split([c.nope_width, c.value_width], dim=-1)
         shared_BHSR = key_BSR[:, None].expand(-1, c.num_heads, -1, -1)
         q_BHTp = torch.cat([q_BTHP, q_BTHR], dim=-1).transpose(1, 2)
         k_BHSp = torch.cat([k_BHSP, shared_BHSR], dim=-1)
@@ -87,7 +87,7 @@ class MultiHeadLatentAttention(nn.Module):
         The heads are laid out as further query rows of one head, and the values are the whole
         kept entries (of the result only the latent part is used): one fast kernel, no copies.
         """
-        c, T = self.config, q_BTHP.shape[1]
+        c = self.config
         weight_HpC = rearrange(self.kv_expand.weight, "(H p) C -> H p C", H=c.num_heads)
         w_uk_HPC, w_uv_HMC = weight_HpC.split([c.nope_width, c.value_width], dim=1)
         q_BTHC = torch.einsum("BTHP,HPC->BTHC", q_BTHP, w_uk_HPC)
@@ -97,7 +97,7 @@ class MultiHeadLatentAttention(nn.Module):
         y_B1tW = F.scaled_dot_product_attention(
             q_B1tW, kept_B1SW, kept_B1SW, attn_mask=mask_B1tS, scale=self.scale
         )
-        y_BTHC = rearrange(y_B1tW[..., : c.kv_rank], "B 1 (T H) C -> B T H C", T=T)
+        y_BTHC = rearrange(y_B1tW[..., : c.kv_rank], "B 1 (T H) C -> B T H C", H=c.num_heads)
         return torch.einsum("BTHC,HMC->BTHM", y_BTHC, w_uv_HMC)
 
 

@@ -80,8 +80,10 @@ class Transformer(nn.Module):
 
         tokens_BT: int64. With a `cache` the tokens continue at `cache.length` and are appended to
         it. logits_to_keep: compute the head for the last so many positions only.
-        Raises ValueError for ids outside the vocabulary, another dtype or another rank.
+        Raises ValueError for ids outside the vocabulary, another dtype, rank or number of rows.
         """
+        if logits_to_keep is not None and logits_to_keep < 1:
+            raise ValueError(f"logits_to_keep = {logits_to_keep}: must be >= 1")
         x_BTD = self.hidden_states(tokens_BT, cache)
         return self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
 
@@ -89,6 +91,8 @@ class Transformer(nn.Module):
         """What the head and the first MTP module read: (B, T, D), after the final norm."""
         self.check_tokens(tokens_BT)
         lengths = [0] if cache is None else cache.lengths
+        if cache is not None and len(lengths) != len(tokens_BT):
+            raise ValueError(f"{len(tokens_BT)} rows of tokens for a cache of {len(lengths)}")
         x_BTD = self.embed(tokens_BT)
         positions = new_positions(lengths, tokens_BT)
         for i, layer in enumerate(self.layers):
@@ -117,12 +121,12 @@ class Transformer(nn.Module):
 
     def mtp_hidden_states(self, x_BTD: Tensor, tokens_BT: Tensor) -> list[Tensor]:
         """What the head reads at each depth k, (B, T - k, D), after `hidden_states` x_BTD."""
-        states = []
+        states, x_BtD = [], x_BTD
         for k, module in enumerate(self.mtp.values(), start=1):
             next_BtD = self.embed(tokens_BT[:, k:])
             positions = new_positions([0], tokens_BT[:, k:])
-            x_BTD = module(x_BTD[:, : next_BtD.shape[1]], next_BtD, positions, None)
-            states.append(x_BTD)
+            x_BtD = module(x_BtD[:, : next_BtD.shape[1]], next_BtD, positions, None)
+            states.append(x_BtD)
         return states
 
     def check_tokens(self, tokens_BT: Tensor) -> None:

@@ -65,9 +65,9 @@ def mtp_loss(
             f"{len(depth_weights)} depth weights for {len(depth_states)} MTP depths: give one each"
         )
     losses = [
-        weight * next_token_loss(states_BTD, head_VD, tokens_BT, 1 + depth, mask_BT)
-        for depth, (weight, states_BTD) in enumerate(
+        weight * next_token_loss(states_BtD, head_VD, tokens_BT, 1 + depth, mask_BT)
+        for depth, (weight, states_BtD) in enumerate(
             zip(depth_weights, depth_states, strict=True), start=1
         )
     ]
-    return torch.stack(losses).sum()
+    return sum(losses, start=head_VD.new_zeros(()))

@@ -41,7 +41,8 @@ def stretched(inverse_r: Tensor, rope: RopeConfig, yarn: YarnConfig) -> Tensor:
     first, last = max(first, 0), min(last, rope.width - 1)
     if first == last:
         last += 0.001  # a step instead of a ramp, as in the reference
-    ramp_r = ((torch.arange(rope.width // 2) - first) / (last - first)).clamp(0, 1)
+    pair_r = torch.arange(rope.width // 2, dtype=torch.float32)
+    ramp_r = ((pair_r - first) / (last - first)).clamp(0, 1)
     return inverse_r / yarn.factor * ramp_r + inverse_r * (1 - ramp_r)
 
 

@@ -56,8 +56,8 @@ def limit_to_groups(choice_NE: Tensor, config: MoEConfig) -> Tensor:
         return choice_NE
     choice_NGe = choice_NE.unflatten(-1, (config.num_groups, -1))
     group_NG = GROUP_SCORES[config.group_score](choice_NGe)
-    kept_NG = group_NG.topk(config.groups_kept, dim=-1, sorted=False).indices
-    excluded_NG = torch.ones_like(group_NG, dtype=torch.bool).scatter(-1, kept_NG, False)
+    kept_Ng = group_NG.topk(config.groups_kept, dim=-1, sorted=False).indices
+    excluded_NG = torch.ones_like(group_NG, dtype=torch.bool).scatter(-1, kept_Ng, False)
     return choice_NGe.masked_fill(excluded_NG[..., None], float("-inf")).flatten(-2)
 
 

@@ -31,7 +31,10 @@ def plain_loss(states_BTD, head_VD, tokens_BT, ahead, mask_BT=None) -> float:
 
 
 @given(
-    batch=st.integers(1, 3), length=st.integers(5, 8), ahead=st.integers(1, 4), seed=st.integers(0, 99)
+    batch=st.integers(1, 3),
+    length=st.integers(5, 8),
+    ahead=st.integers(1, 4),
+    seed=st.integers(0, 99),
 )
 def test_position_i_answers_for_the_token_so_far_ahead(batch, length, ahead, seed):
     tokens_BT, head_VD = random_tokens(batch, length, V, seed), noise(V, D, seed=seed)

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import YARN, gqa, mla, model_config, plain_states, random_tokens, rope, transformer
-from torch.nn import functional as F
 
 from modeling import DenseConfig, LayerConfig, Transformer, mtp_loss, next_token_loss
 
@@ -48,28 +47,25 @@ def test_cached_logits_equal_uncached_ones_for_every_way_of_cutting(model, cuts,
 
 @every_model
 @given(
-    prompts=st.lists(st.integers(1, 5), min_size=1, max_size=4),
-    kept=st.lists(st.integers(1, 3), min_size=4, max_size=4),
+    rows=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3)), min_size=1, max_size=4),
 )
-def test_rows_of_unequal_lengths_in_one_cache_equal_single_runs(model, prompts, kept):
-    """Prompts padded on the right and cut back, then three tokens of which some are taken back,
-    then two more."""
-    rows, longest, kept = len(prompts), max(prompts), kept[: len(prompts)]
-    texts = [random_tokens(1, 10, seed=row)[0] for row in range(rows)]
-    cache = model.make_cache(rows, longest + 5)
-    padded = [F.pad(text[:length], (0, longest - length)) for text, length in zip(texts, prompts)]
-    logits = [model(torch.stack(padded), cache=cache)]
-    cache.truncate(prompts)
-    for lengths, new in ((prompts, 3), ([p + k for p, k in zip(prompts, kept)], 2)):
+def test_rows_of_unequal_lengths_in_one_cache_equal_single_runs(model, rows):
+    """Prompts padded on the right and cut back; three more tokens, of which each row keeps its own
+    number; two more."""
+    prompts, kept = [prompt for prompt, _ in rows], [sum(row) for row in rows]
+    texts_BT = torch.cat([random_tokens(1, 10, seed=row) for row in range(len(rows))])
+    cache = model.make_cache(len(rows), max(prompts) + 5)
+    logits = []
+    for lengths, new in (([0] * len(rows), max(prompts)), (prompts, 3), (kept, 2)):
         cache.truncate(lengths)
-        following = [text[length : length + new] for text, length in zip(texts, lengths)]
-        logits.append(model(torch.stack(following), cache=cache))
-    for row, text in enumerate(texts):
-        p, k = prompts[row], kept[row]
-        alone_TV = model(text[None, : p + k + 2])[0]
-        close(logits[0][row, :p], alone_TV[:p])
-        close(logits[1][row, :k], alone_TV[p : p + k])
-        close(logits[2][row], alone_TV[p + k :])
+        starts_B1 = torch.tensor(lengths)[:, None]
+        logits.append(model(texts_BT.gather(1, starts_B1 + torch.arange(new)), cache=cache))
+        assert cache.lengths == [length + new for length in lengths]
+    for row, (prompt, end) in enumerate(zip(prompts, kept, strict=True)):
+        alone_TV = model(texts_BT[row : row + 1, : end + 2])[0]
+        close(logits[0][row, :prompt], alone_TV[:prompt])
+        close(logits[1][row, : end - prompt], alone_TV[prompt:end])
+        close(logits[2][row], alone_TV[end:])
 
 
 @every_model
@@ -198,3 +194,26 @@ def test_a_model_on_the_meta_device_runs_without_memory():
         model = Transformer(model_config(gqa(), layers=(dense, dense)))
         tokens_BT = torch.zeros(2, 5, dtype=torch.int64)
     assert model(tokens_BT).shape == (2, 5, 23)
+
+
+@pytest.mark.parametrize("logits_to_keep", [0, -2])
+def test_keeping_no_logits_is_refused(logits_to_keep):
+    model = transformer(model_config(mla()))
+    with pytest.raises(ValueError, match=f"logits_to_keep = {logits_to_keep}"):
+        model(torch.tensor([[1, 2, 3]]), logits_to_keep=logits_to_keep)
+
+
+@pytest.mark.parametrize(("rows", "cached_rows"), [(1, 2), (2, 1)])
+def test_a_cache_of_another_number_of_rows_is_refused(rows, cached_rows):
+    model = transformer(model_config(mla()))
+    with pytest.raises(ValueError, match=f"{rows} rows of tokens for a cache of {cached_rows}"):
+        model(torch.ones(rows, 3, dtype=torch.int64), cache=model.make_cache(cached_rows, 8))
+
+
+@pytest.mark.parametrize("attention", [mla(), gqa()], ids=["mla", "gqa"])
+def test_no_new_tokens_change_nothing(attention):
+    model = transformer(model_config(attention))
+    cache = model.make_cache(2, 8)
+    model(torch.ones(2, 3, dtype=torch.int64), cache=cache)
+    assert model(torch.ones(2, 0, dtype=torch.int64), cache=cache).shape == (2, 0, 23)
+    assert cache.length == 3

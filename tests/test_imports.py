@@ -1,0 +1,164 @@
+"""Imports point one way, packages meet at their front doors, and the token path stays short."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {  # besides the package itself and the standard library
+    "moe": {"torch", "einops"},
+    "modeling": {"torch", "einops", "moe"},
+    "checkpoints": {
+        *("torch", "einops", "moe", "modeling"),
+        *("safetensors", "sentencepiece", "tokenizers", "tqdm"),
+    },
+}
+OWN = {*ALLOWED, "tools", "tests"}
+OUTSIDE_THE_MODEL = {"safetensors", "sentencepiece", "tokenizers", "tqdm"}
+TOKEN_PATH = [
+    "modeling/model.py",
+    "modeling/mla.py",
+    "modeling/rope.py",
+    "modeling/norm.py",
+    "moe/layer.py",
+    "moe/routing.py",
+    "moe/experts.py",
+]
+
+SOURCES = sorted(
+    path.relative_to(ROOT)
+    for package in [*ALLOWED, "tools"]
+    for path in ROOT.glob(f"{package}/**/*.py")
+)
+every_source = pytest.mark.parametrize("source", SOURCES, ids=str)
+
+
+def tree_of(source: Path) -> ast.Module:
+    return ast.parse((ROOT / source).read_text())
+
+
+def absolute_imports(tree: ast.AST) -> list[str]:
+    """Dotted names of the modules imported, relative ones left out."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.append(node.module)
+    return found
+
+
+def broken_rules(source: Path, tree: ast.Module) -> list[str]:
+    """What the file's imports do that its package may not."""
+    package, broken = source.parts[0], []
+    for name in absolute_imports(tree):
+        top = name.split(".")[0]
+        if package in ALLOWED and top not in ALLOWED[package] | sys.stdlib_module_names:
+            inside = "its own package by its full name" if top == package else f"{name}"
+            broken.append(f"imports {inside}")
+        if package not in ALLOWED and top == "tests":
+            broken.append("imports tests")
+        if top in OWN - {package} and name != top:
+            broken.append(f"reaches into {name}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level > len(source.parts) - 1:
+            broken.append(f"line {node.lineno}: a relative import that leaves the package")
+        if package in ALLOWED and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inner = (n for n in ast.walk(node) if isinstance(n, ast.Import | ast.ImportFrom))
+            broken += [f"line {n.lineno}: an import inside {node.name}" for n in inner]
+    return broken
+
+
+@every_source
+def test_a_file_imports_only_what_its_package_may(source):
+    assert broken_rules(source, tree_of(source)) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("moe/x.py", "from modeling import RopeConfig"),
+        ("moe/x.py", "import numpy"),
+        ("moe/x.py", "from moe import Router"),
+        ("modeling/x.py", "from moe.routing import Router"),
+        ("modeling/x.py", "import moe.routing"),
+        ("modeling/x.py", "from checkpoints import load_model"),
+        ("modeling/x.py", "import safetensors.torch"),
+        ("modeling/x.py", "from ..moe import Router"),
+        ("modeling/x.py", "def f():\n    import torch"),
+        ("checkpoints/x.py", "import tools"),
+        ("checkpoints/families/x.py", "from ...modeling import RopeConfig"),
+        ("checkpoints/x.py", "from tests import tiny"),
+        ("checkpoints/x.py", "import transformers"),
+        ("tools/x.py", "from modeling.mla import absorbing_pays"),
+        ("tools/x.py", "import tests"),
+    ],
+)
+def test_the_rules_catch_a_wrong_import(source, line):
+    assert broken_rules(Path(source), ast.parse(line)) != []
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("moe/x.py", "import torch.nn.functional\nfrom .routing import Router\nimport math"),
+        ("modeling/x.py", "from moe import Router"),
+        ("checkpoints/families/x.py", "from ..mapping import Rule\nfrom modeling import MLAConfig"),
+        ("checkpoints/x.py", "from safetensors.torch import save_file"),
+        ("tools/x.py", "def f():\n    import numpy"),
+    ],
+)
+def test_the_rules_allow_a_right_import(source, line):
+    assert broken_rules(Path(source), ast.parse(line)) == []
+
+
+@every_source
+def test_libraries_for_files_appear_only_behind_checkpoints(source):
+    if source.parts[0] not in ("checkpoints", "tools"):
+        assert not OUTSIDE_THE_MODEL & {
+            name.split(".")[0] for name in absolute_imports(tree_of(source))
+        }
+
+
+@every_source
+def test_names_imported_from_another_package_are_its_public_ones(source):
+    for node in ast.walk(tree_of(source)):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module in ALLOWED:
+            front_door = tree_of(Path(node.module, "__init__.py")).body
+            imports = [line for line in front_door if isinstance(line, ast.ImportFrom)]
+            public = {alias.asname or alias.name for line in imports for alias in line.names}
+            assert {alias.name for alias in node.names} <= public
+
+
+def closure(source: Path) -> set[Path]:
+    """The files of moe and modeling that importing `source` leads to, packages' doors left out."""
+    found, waiting = set(), [source]
+    while waiting:
+        found.add(current := waiting.pop())
+        for node in ast.walk(tree_of(current)):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                waiting.append(current.parent / f"{node.module}.py")
+            elif isinstance(node, ast.ImportFrom) and node.module == "moe":
+                exported = ast.walk(tree_of(Path("moe/__init__.py")))
+                names = {alias.name for alias in node.names}
+                for other in exported:
+                    if isinstance(other, ast.ImportFrom) and names & {a.name for a in other.names}:
+                        waiting.append(Path("moe", f"{other.module}.py"))
+        waiting = [path for path in waiting if path not in found]
+    return found
+
+
+def test_a_token_is_followed_from_id_to_logits_in_seven_files_of_a_thousand_lines():
+    assert len(TOKEN_PATH) == 7
+    assert {Path(name) for name in TOKEN_PATH} <= closure(Path("modeling/model.py"))
+    lines = {name: len((ROOT / name).read_text().splitlines()) for name in TOKEN_PATH}
+    assert sum(lines.values()) <= 1000, lines
+
+
+def test_what_a_forward_pass_imports_is_small():
+    found = closure(Path("modeling/model.py"))
+    lines = sum(len((ROOT / path).read_text().splitlines()) for path in found)
+    assert len(found) <= 20, sorted(map(str, found))
+    assert lines <= 2000

@@ -1,0 +1,136 @@
+"""Names tell shapes: x_BTD has three dimensions, and a letter is one size within a call.
+
+A letter of a suffix is a dimension, upper and lower case apart; a digit is a dimension of that
+size. Where a file's legend allows any leading dimensions ("..."), a suffix names the last ones.
+A dimension of size 1 may stand for any other: it broadcasts.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import YARN, gqa, grouped_experts, mla, model_config, random_tokens, rope, transformer
+from torch import Tensor
+
+from modeling import LayerConfig, mtp_loss, next_token_loss
+from moe import (
+    expert_balance_loss,
+    expert_load,
+    record_routing,
+    router_z_loss,
+    sequence_balance_loss,
+    updated_selection_bias,
+)
+
+ROOT = Path(__file__).parent.parent
+CHECKED = tuple(str(ROOT / package) + "/" for package in ("moe", "modeling"))
+SUFFIX = re.compile(r"_([A-Z][A-Za-z0-9]*|[a-z](?:[A-Z0-9][A-Za-z0-9]*)?)$")
+
+
+def wrong_shapes(tensors: dict[str, Tensor], leading: bool) -> Iterator[str]:
+    """Complaints about the tensors of one call whose names end in a suffix."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, tensor in tensors.items():
+        letters = SUFFIX.search(name)
+        if letters is None:
+            continue
+        shape = tuple(tensor.shape)[-len(letters[1]) :] if leading else tuple(tensor.shape)
+        if len(shape) != len(letters[1]):
+            yield f"{name} has {len(shape)} dimensions"
+            continue
+        for letter, size in zip(letters[1], shape, strict=True):
+            known, where = (int(letter), "its name") if letter.isdigit() else (size, name)
+            known, where = sizes.setdefault(letter, (known, where))
+            if known == 1 and not letter.isdigit():
+                sizes[letter] = size, name
+            elif size != known and (size != 1 or letter.isdigit()):
+                yield f"{name}: {letter} = {size}, but {known} in {where}"
+
+
+@contextmanager
+def checked_shapes(folders: tuple[str, ...] = CHECKED) -> Iterator[dict[str, set[str]]]:
+    """Collect {function: complaints} for every function below `folders` that returns inside."""
+    found: dict[str, set[str]] = {}
+
+    def on_event(frame, event, _):
+        if event == "return" and frame.f_code.co_filename.startswith(folders):
+            values = frame.f_locals.items()
+            tensors = {name: value for name, value in values if isinstance(value, Tensor)}
+            leading = "Shapes: ... any" in (frame.f_globals.get("__doc__") or "")
+            place = f"{Path(frame.f_code.co_filename).name}: {frame.f_code.co_qualname}"
+            found.setdefault(place, set()).update(wrong_shapes(tensors, leading))
+
+    sys.setprofile(on_event)
+    try:
+        yield found
+    finally:
+        sys.setprofile(None)
+
+
+def run_everything(model) -> None:
+    """A forward, a cached prefill and decode with unequal rows, all depths, all losses."""
+    tokens_BT = random_tokens(2, 7)
+    with record_routing(model) as routings:
+        x_BTD = model.hidden_states(tokens_BT)
+        assert len(routings) > 0
+    cache = model.make_cache(2, 12)
+    model(tokens_BT, cache=cache)
+    cache.truncate([3, 6])
+    model(tokens_BT[:, :3], cache=cache, logits_to_keep=2)
+    model(tokens_BT[:, :1], cache=cache)
+    model.mtp_logits(tokens_BT)
+    depths, mask_BT = model.mtp_hidden_states(x_BTD, tokens_BT), tokens_BT > 3
+    for mask in (None, mask_BT):
+        next_token_loss(x_BTD, model.head.weight, tokens_BT, mask_BT=mask)
+        if depths:
+            mtp_loss(depths, model.head.weight, tokens_BT, [0.1] * len(depths), mask)
+    for routing in routings.values():
+        expert_balance_loss(routing)
+        sequence_balance_loss(routing, num_sequences=2)
+        router_z_loss(routing)
+        load_E = expert_load(routing)
+        updated_selection_bias(torch.zeros_like(load_E), load_E, 1e-3)
+
+
+STRETCHED = rope(width=6, yarn=YARN)
+EVEN = LayerConfig(attention=mla(), feed_forward=grouped_experts(expert_width=8))
+MODELS = {
+    "mla": transformer(model_config(mla(), mtp=2)),
+    "mla with yarn": transformer(model_config(mla(query_rank=None, rope=STRETCHED), mtp=1)),
+    "gqa": transformer(model_config(gqa(), mtp=3)),
+    "grouped": transformer(model_config(gqa(), d_model=12, layers=(EVEN,)), torch.float32),
+}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+def test_every_suffixed_tensor_has_the_shape_its_name_says(model):
+    with checked_shapes() as found:
+        run_everything(model)
+    wrong = [f"{place}: {complaint}" for place in sorted(found) for complaint in found[place]]
+    assert not wrong, "\n".join(wrong)
+    assert len(found) > 25  # functions that were seen
+    assert ("experts.py: experts_grouped" in found) == (model is MODELS["grouped"])
+
+
+@pytest.mark.parametrize(
+    ("planted", "shapes", "complaints"),
+    [
+        (lambda x_BTD, y_BT: None, [(2, 3, 4), (2, 3, 4)], {"y_BT has 3 dimensions"}),
+        (lambda x_ND, y_ND: None, [(4, 5), (5, 5)], {"y_ND: N = 5, but 4 in x_ND"}),
+        (lambda x_NN: None, [(4, 5)], {"x_NN: N = 5, but 4 in x_NN"}),
+        (lambda x_ND, y_N1: None, [(4, 5), (4, 2)], {"y_N1: 1 = 2, but 1 in its name"}),
+        (lambda x_ND, y_nD: None, [(4, 5), (3, 5)], set()),  # another letter
+        (lambda x_ND, y_ND: None, [(4, 5), (1, 5)], set()),  # broadcasts
+        (lambda x_ND, y_ND, z_ND: None, [(1, 5), (4, 5), (3, 5)], {"z_ND: N = 3, but 4 in y_ND"}),
+        (lambda q_head, mtp_loss: None, [(4,), (4, 5)], set()),  # words, not suffixes
+    ],
+)
+def test_the_checker_catches_a_planted_mismatch_and_nothing_else(planted, shapes, complaints):
+    tensors = [torch.zeros(shape) for shape in shapes]
+    with checked_shapes((__file__,)) as found:
+        planted(*tensors)
+    assert found[f"{Path(__file__).name}: <lambda>"] == complaints
