@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 from . import describe, generate, make_tiny, train
 
@@ -19,8 +20,15 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools", description="Abacus from a terminal.")
+    parser = Parser(prog="python -m tools", description="Abacus from a terminal.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").split(": ", 1)[1].split("\n")[0]
