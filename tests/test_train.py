@@ -1,6 +1,7 @@
 """Training: a resumed run is the uninterrupted one, to the bit; checkpoints are whole or absent."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -112,11 +113,12 @@ def test_an_interrupted_save_leaves_the_last_good_checkpoint(paths, monkeypatch,
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(paths, capsys):
-    train(paths, "kept", steps=2)
+    train(paths, "kept", "--decay-steps", "3", steps=4)
+    shutil.rmtree(paths / "kept" / "step-4")  # as if stopped in the middle of its fall
     wrong = {
         "--resume": (),
-        "--seed": ("--resume", "--seed", "5"),
-        "--decay-steps": ("--resume", "--decay-steps", "3"),
+        "--seed": ("--resume", "--decay-steps", "3", "--seed", "5"),
+        "--decay-steps": ("--resume", "--decay-steps", "2"),
     }
     for named, flags in wrong.items():
         capsys.readouterr()
@@ -124,6 +126,14 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(paths, cap
         error = capsys.readouterr().err
         assert named in error
         assert error.count("\n") == 1
+
+
+def test_a_finished_run_can_be_lengthened(paths):
+    train(paths, "longer", "--decay-steps", "2", steps=4)
+    assert train(paths, "longer", "--decay-steps", "2", "--resume", steps=6) == 0
+    log = [json.loads(line) for line in (paths / "longer" / "log.jsonl").open()]
+    rates = [line["learning_rate"] for line in log]
+    assert rates == pytest.approx([0.005, 0.01, 0.02 / 3, 0.01 / 3, 0.02 / 3, 0.01 / 3])
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 One step: next-token loss + MTP loss + a small sequence-wise balance loss, AdamW, then the
 auxiliary-loss-free update of every router's selection bias (MTP modules included). The learning
-rate warms up, stays, and falls linearly to zero over the last steps, so a run can be lengthened
-from any checkpoint before its fall.
+rate warms up, stays, and falls linearly to zero over the last steps. A run can be given another
+end from any checkpoint before its fall, and a finished one can be lengthened: its learning rate
+then rises again and falls once more.
 
 A run resumes bit for bit: what a step sees is a function of (seed, step) alone, and a checkpoint
 holds everything else.
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     device = usable_device(args.device)
     config = read_config(args.config)
-    settings = comparable(args)
+    settings, schedule = comparable(args), (args.steps - args.decay_steps, args.steps)
     newest = next(reversed(checkpoints_in(args.out)), None)
     if newest is not None and not args.resume:
         raise ValueError(f"{args.out}: holds {newest.name}; add --resume, or choose another --out")
@@ -119,7 +120,9 @@ def run(args: argparse.Namespace) -> int:
     optimizer = make_optimizer(model, args.weight_decay)
     first_step = 0
     if newest is not None:
-        first_step = restore(newest, model, optimizer, settings, args.steps - args.decay_steps)
+        first_step = restore(newest, model, optimizer, settings, schedule)
+        if first_step > args.steps:
+            raise ValueError(f"{newest}: is beyond --steps {args.steps}")
     log_path = args.out / "log.jsonl"
     keep_lines(log_path, first_step)
     progress = tqdm(
@@ -136,8 +139,7 @@ def run(args: argparse.Namespace) -> int:
             progress.update()
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 log.flush()
-                fall_begins = args.steps - args.decay_steps
-                save_checkpoint(args.out, step + 1, model, optimizer, settings, fall_begins)
+                save_checkpoint(args.out, step + 1, model, optimizer, settings, schedule)
     written = load_model(write_model(args.out, model), device, torch.float32, progress=False)
     report = {"steps": args.steps, "tokens": args.steps * args.batch_size * args.sequence_length}
     report |= held_out_report(written, held_out_N, len(held_out_text.encode()))

@@ -30,11 +30,11 @@ def save_checkpoint(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     settings: dict[str, Any],
-    fall_begins: int,
+    schedule: tuple[int, int],
 ) -> None:
     """Write step-N, then remove all but the newest checkpoints.
 
-    fall_begins: the step from which on the learning rate falls.
+    schedule: the step from which on the learning rate falls, and the step at which the run ends.
     """
     partial, final = out / f"step-{step}.partial", out / f"step-{step}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -46,7 +46,7 @@ def save_checkpoint(
         for name, value in state.items()
     }
     save_file(moments, partial / "optimizer.safetensors")
-    training = {"step": step, "fall_begins": fall_begins, "settings": settings}
+    training = {"step": step, "schedule": schedule, "settings": settings}
     (partial / "training.json").write_text(json.dumps(training, indent=2) + "\n")
     for file in partial.iterdir():
         with file.open("rb") as written:
@@ -62,19 +62,20 @@ def restore(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     settings: dict[str, Any],
-    fall_begins: int,
+    schedule: tuple[int, int],
 ) -> int:
     """Put a checkpoint's state into model and optimizer; returns the step to go on with.
 
-    Raises ValueError if it was made with other settings, or if its learning rate was already on
-    a fall that would now begin at another step.
+    Before its learning rate falls a run may be given another end, and a finished one may be
+    lengthened (its learning rate then rises again and falls once more). Raises ValueError if the
+    checkpoint was made with other settings, or in the middle of another fall.
     """
     saved = json.loads((checkpoint / "training.json").read_text())
-    before = min(fall_begins, saved["fall_begins"])
-    if fall_begins != saved["fall_begins"] and saved["step"] > before:
+    fell, end = saved["schedule"]
+    if schedule != (fell, end) and saved["step"] > min(fell, schedule[0]) and saved["step"] < end:
         raise ValueError(
-            f"{checkpoint}: its learning rate falls from step {saved['fall_begins']} on, and "
-            f"would from {fall_begins}: give the same --steps and --decay-steps"
+            f"{checkpoint}: its learning rate falls from step {fell} to {end}, and would from "
+            f"{schedule[0]} to {schedule[1]}: give the same --steps and --decay-steps"
         )
     for name, value in saved["settings"].items():
         if settings.get(name) != value:
