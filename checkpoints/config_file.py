@@ -31,8 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = float(digits)
         return no_constant(digits) if math.isinf(value) else value
 
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: not a regular file")
+    check_regular(path)
     try:
         value = json.loads(
             path.read_text(encoding="utf-8"),
@@ -56,6 +55,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected an object")
     return value
+
+
+def check_regular(path: Path) -> None:
+    """Refuse directories, and pipes, which would be waited for."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: not a regular file")
 
 
 class Fields:

@@ -229,18 +229,26 @@ def fill(
     progress: bool,
 ) -> dict[str, Tensor]:
     """Read every entry into its place among newly made tensors of ours."""
-    state: dict[str, Tensor] = {}
-    bar = tqdm(entries, desc="loading", unit="tensor", disable=None if progress else True)
-    for entry in bar:
-        stored = shards.read(entry.published)
-        for name in entry.ours:
-            if name not in state:
-                kept = stored.dtype if dtype is None else dtype
-                if name.endswith("selection_bias"):
-                    kept = torch.promote_types(kept, torch.float32)
-                state[name] = torch.empty(shapes[name], dtype=kept, device=device)
-        entry.put(stored, state)
+    state = {
+        name: torch.empty(shapes[name], dtype=kept, device=device)
+        for name, kept in kept_dtypes(entries, shards, dtype).items()
+    }
+    for entry in tqdm(entries, desc="loading", unit="tensor", disable=None if progress else True):
+        entry.put(shards.read(entry.published), state)
     return state
+
+
+def kept_dtypes(
+    entries: list[Entry], shards: Shards, wanted: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """Of each tensor of ours: the one wanted, else what holds all that it is stored in."""
+    dtypes: dict[str, torch.dtype] = {}
+    for entry in entries:
+        kept = READABLE[shards.tensors[entry.published].dtype] if wanted is None else wanted
+        for name in entry.ours:
+            least = torch.float32 if name.endswith("selection_bias") else kept
+            dtypes[name] = torch.promote_types(dtypes.get(name, least), kept)
+    return dtypes
 
 
 def check_copy(copy: Entry, stored: Tensor, state: dict[str, Tensor]) -> None:

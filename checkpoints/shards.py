@@ -11,13 +11,19 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config_file import CheckpointError, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-READABLE = ("F64", "F32", "F16", "BF16")
+READABLE = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
-from .config_file import CheckpointError, read_json
+from .config_file import CheckpointError, check_regular, read_json
 from .shards import some
 
 
@@ -131,10 +131,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
     vocabulary: Vocabulary
-    if (directory / "tokenizer.json").exists():
-        vocabulary = JsonVocabulary(directory / "tokenizer.json")
-    elif (directory / "tokenizer.model").exists():
-        vocabulary = SentencePieces(directory / "tokenizer.model")
+    in_json, in_pieces = directory / "tokenizer.json", directory / "tokenizer.model"
+    check_regular(in_json)
+    check_regular(in_pieces)
+    if in_json.exists():
+        vocabulary = JsonVocabulary(in_json)
+    elif in_pieces.exists():
+        vocabulary = SentencePieces(in_pieces)
     else:
         found = some(sorted(entry.name for entry in directory.iterdir()))
         raise CheckpointError(f"{directory}: no tokenizer.json or tokenizer.model; found {found}")

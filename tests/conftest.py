@@ -26,7 +26,7 @@ def pristine(tmp_path_factory):
     return checkpoint
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny(pristine, tmp_path):
     """tiny(family, **config_changes): a copy to alter."""
 

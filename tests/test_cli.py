@@ -1,0 +1,410 @@
+"""The command line: the answer on stdout, all else on stderr, one line and 2 for wrong input."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from files import edit_json, shards_of, tensors_of, write_tensors
+
+import tools.generate
+from checkpoints import load_model, load_tokenizer
+from modeling import generate
+from tools.__main__ import main
+from tools.corpus import train_vocabulary
+from tools.make_tiny import CONFIGS, WORDS
+
+ROOT = Path(__file__).parent.parent
+PROMPT = "Once upon a time"
+FIGURES = {
+    *("prompt", "text", "ids", "total_parameters", "active_parameters", "prompt_tokens"),
+    *("prompt_tokens_per_second", "generated_tokens", "generation_tokens_per_second"),
+    *("cache_bytes_per_token", "plain_attention_cache_bytes_per_token"),
+    *("drafted_tokens", "accepted_tokens"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_warnings(monkeypatch):
+    """`main` shows warnings its own way; give the way of the tests back afterwards."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the program in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:  # how argparse ends
+            code = exit_.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def generated(path, *more):
+    return ("generate", "--model", path, "--max-new-tokens", "12", *more)
+
+
+def in_a_process(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tools", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def refused(result):
+    """The one line that says what is wrong."""
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_generate_prints_the_prompt_and_its_continuation(pristine, command, family):
+    path = pristine(family)
+    code, out, err = command(*generated(path, "--prompt", PROMPT))
+    tokenizer, model = load_tokenizer(path), load_model(path, progress=False)
+    prompt_ids = tokenizer.encode(PROMPT)
+    ids = list(generate(model, prompt_ids, 12, stop_ids=tokenizer.stop_ids))
+    assert code == 0
+    assert out == tokenizer.decode([*prompt_ids, *ids]) + "\n"
+    assert out.startswith(PROMPT)
+    assert "parameters" in err
+    assert "Traceback" not in err
+
+
+def test_the_prompt_comes_from_a_flag_a_file_or_stdin(pristine, command, tmp_path, monkeypatch):
+    prompt = "Grüße an die Welt: 🙂\nOnce"
+    (tmp_path / "prompt").write_text(prompt, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
+    outs = [
+        command(*generated(pristine(), *source))[:2]
+        for source in (
+            ("--prompt", prompt),
+            ("--prompt-file", tmp_path / "prompt"),
+            ("--prompt", "-"),
+        )
+    ]
+    assert outs[0] == outs[1] == outs[2]
+    assert outs[0][0] == 0
+    assert outs[0][1].startswith(prompt)
+
+
+def test_json_holds_the_answer_and_its_figures(pristine, command):
+    code, out, err = command(
+        *generated(pristine(), "--prompt", PROMPT, "--draft-tokens", 2, "--json")
+    )
+    answer = json.loads(out)
+    assert (code, err) == (0, "")
+    assert answer.keys() == FIGURES
+    assert answer["prompt"] == PROMPT
+    assert len(answer["ids"]) == answer["generated_tokens"] == 12
+    assert len(answer["drafted_tokens"]) == len(answer["accepted_tokens"]) == 2
+    plain = command(*generated(pristine(), "--prompt", PROMPT))[1]
+    assert plain == PROMPT + answer["text"] + "\n"
+
+
+def test_a_seed_makes_draws_repeatable(pristine, command):
+    drawn = [
+        json.loads(
+            command(
+                *generated(pristine(), "--prompt", PROMPT, "--json", "--temp", 1.5, "--seed", seed),
+                *("--top-k", 50, "--top-p", 0.95, "--min-p", 0.01),
+            )[1]
+        )["ids"]
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_an_empty_prompt_begins_with_the_bos(pristine, command):
+    code, out, _ = command(*generated(pristine(), "--prompt", "", "--json"))
+    assert (code, json.loads(out)["prompt_tokens"]) == (0, 1)
+
+
+def test_no_new_tokens_is_the_prompt_alone(pristine, command):
+    code, out, _ = command(*generated(pristine(), "--prompt", PROMPT, "--max-tokens", 0))
+    assert (code, out) == (0, PROMPT + "\n")
+
+
+WRONG_SETTINGS = [
+    (("--temperature", "-1"), "temperature"),
+    (("--temperature", "nan"), "temperature"),
+    (("--temperature", "inf"), "temperature"),
+    (("--top-p", "0"), "top_p"),
+    (("--top-p", "2.0"), "top_p"),
+    (("--top-p", "nan"), "top_p"),
+    (("--top-k", "0"), "top_k"),
+    (("--min-p", "-0.1"), "min_p"),
+    (("--min-p", "1.5"), "min_p"),
+    (("--max-new-tokens", "-1"), "max_new_tokens"),
+    (("--max-new-tokens", "250"), "256 positions"),
+    (("--max-new-tokens", "9" * 30), "256 positions"),
+    (("--draft-tokens", "-1"), "draft_tokens"),
+    (("--device", "toaster"), "--device toaster: not available here; there is cpu"),
+    (("--device", "meta"), "--device meta: not available here"),
+    (("--device", ""), "--device"),
+    (("--temperature", "1", "--seed", "9" * 30), ""),
+]
+NAMES = [" ".join(setting)[:40] for setting, _ in WRONG_SETTINGS]
+
+
+@pytest.mark.parametrize(("setting", "said"), WRONG_SETTINGS, ids=NAMES)
+def test_a_wrong_setting_is_one_line(pristine, command, setting, said):
+    assert said in refused(command(*generated(pristine(), "--json", "--prompt", PROMPT, *setting)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("conjure",),
+        ("generate",),
+        ("generate", "--prompt", "a", "--prompt-file", "b"),
+        ("generate", "--prompt", "a", "--unknown"),
+        ("generate", "--prompt", "a", "--temperature", "warm"),
+        ("generate", "--prompt", "a", "--dtype", "int3"),
+        ("make-tiny", "gpt2", "somewhere"),
+        ("describe",),
+    ],
+)
+def test_a_wrong_command_is_one_line_that_points_to_the_help(command, arguments):
+    assert "--help)" in refused(command(*arguments))
+
+
+@pytest.mark.parametrize("subject", ["", "generate", "describe", "make-tiny", "train"])
+def test_help_is_an_answer(command, subject):
+    code, out, err = command(*subject.split(), "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: python -m tools")
+
+
+def prompt(path, *more):
+    return generated(path, "--prompt", PROMPT, *more)
+
+
+def test_what_is_wrong_with_a_checkpoint_is_one_line(tiny, command, tmp_path):
+    assert "nowhere: no such" in refused(command(*prompt(tmp_path / "nowhere")))
+    assert "nowhere: no such" in refused(command("describe", tmp_path / "nowhere"))
+    path = tiny()
+    shards_of(path)[0].write_bytes(b"garbage")
+    assert shards_of(path)[0].name in refused(command(*prompt(path)))
+    assert shards_of(path)[0].name in refused(command("describe", path))
+    (path / "config.json").write_text("garbage\nof\nlines")
+    assert "config.json: not JSON" in refused(command("describe", path))
+    assert "config.json: not JSON" in refused(command(*prompt(path)))
+
+
+def test_a_checkpoint_without_tokenizer_is_one_line(tiny, command):
+    path = tiny()
+    (path / "tokenizer.model").unlink()
+    assert "no tokenizer.json or tokenizer.model" in refused(command(*prompt(path)))
+
+
+def test_a_tokenizer_of_another_model_is_one_line(tiny, command):
+    path = tiny()
+    (path / "tokenizer.model").write_bytes(train_vocabulary(WORDS, 330))
+    said = refused(command(*prompt(path)))
+    assert "the tokenizer has 330 ids and the model 320: they do not belong together" in said
+
+
+def test_a_vocabulary_padded_beyond_the_tokenizer_generates(tiny, command):
+    path = tiny()
+    tensors = tensors_of(path)
+    favoured = {"lm_head.weight": 50.0, "model.layers.3.shared_head.head.weight": 50.0}
+    for name, scale in favoured.items():
+        padding = tensors[name][:64].flip(0) * scale
+        tensors[name] = torch.cat([tensors[name], padding])
+    for name in ("model.embed_tokens.weight", "model.layers.3.embed_tokens.weight"):
+        tensors[name] = torch.cat([tensors[name], tensors[name][:64]])
+    write_tensors(path, tensors)
+    edit_json(path / "config.json", vocab_size=384)
+    code, out, _ = command(*prompt(path, "--json"))
+    answer = json.loads(out)
+    assert code == 0
+    assert max(answer["ids"]) >= 320
+
+
+def test_an_empty_prompt_without_a_bos_is_one_line(tiny, command):
+    path = tiny()
+    (path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    said = refused(command(*generated(path, "--prompt", "", "--json")))
+    assert "the prompt holds no token" in said
+
+
+def test_a_prompt_that_cannot_be_read_is_one_line(pristine, command, tmp_path, monkeypatch):
+    (tmp_path / "latin").write_bytes("Grüße".encode("latin-1"))
+    said = refused(command(*generated(pristine(), "--prompt-file", tmp_path / "latin")))
+    assert "the prompt is not UTF-8" in said
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    assert "the prompt is not UTF-8" in refused(command(*generated(pristine(), "--prompt", "-")))
+    said = refused(command(*generated(pristine(), "--prompt-file", tmp_path / "absent")))
+    assert "absent: No such file" in said
+    assert "Is a directory" in refused(command(*generated(pristine(), "--prompt-file", tmp_path)))
+    said = refused(command(*generated(pristine(), "--prompt", "a\udcff")))
+    assert "half a surrogate pair" in said
+
+
+def test_a_prompt_longer_than_the_model_is_one_line(pristine, command):
+    said = refused(command(*generated(pristine(), "--json", "--prompt", "x" * 400)))
+    assert "exceed the model's 256 positions" in said
+
+
+def test_drafts_without_mtp_modules_are_one_line(pristine, command):
+    said = refused(command(*prompt(pristine("kimi_k2"), "--draft-tokens", 1, "--json")))
+    assert "draft_tokens needs MTP modules" in said
+
+
+def test_warnings_are_notes_on_stderr(tiny, command):
+    path = tiny()
+    tensors = tensors_of(path)
+    kept = {name: t for name, t in tensors.items() if not name.startswith("model.layers.3.")}
+    write_tensors(path, kept)
+    code, out, err = command(*prompt(path, "--draft-tokens", 1, "--json"))
+    note, error, end = err.split("\n")
+    assert note.startswith("note: the config announces 1 MTP module(s)")
+    assert error.startswith("error: draft_tokens needs MTP modules")
+    assert (code, out, end) == (2, "", "")
+
+
+def test_an_interruption_keeps_the_text_and_exits_with_130(pristine, command, monkeypatch):
+    class Interrupted:
+        statistics = None
+
+        def __iter__(self):
+            yield from [10, 11]
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tools.generate, "generate", lambda *args, **options: Interrupted())
+    code, out, err = command(*prompt(pristine()))
+    tokenizer = load_tokenizer(pristine())
+    assert code == 130
+    assert out == tokenizer.decode([*tokenizer.encode(PROMPT), 10, 11]) + "\n"
+    assert err == "interrupted\n"
+
+
+def test_ctrl_c_ends_a_real_run_quietly(tiny, tmp_path):
+    path = tiny()
+    os.mkfifo(tmp_path / "prompt")  # nobody writes: the run waits until it is interrupted
+    arguments = ("generate", "--model", path, "--prompt-file", tmp_path / "prompt")
+    heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with in_a_process(*arguments, **heeding) as run:
+        writer = os.open(tmp_path / "prompt", os.O_WRONLY)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=60)
+        os.close(writer)
+    assert (run.returncode, out, err) == (130, b"", b"interrupted\n")
+
+
+@pytest.mark.parametrize("what", ["describe", "describe at length", "generate"])
+def test_a_reader_that_leaves_early_is_no_error(pristine, what):
+    path = pristine()
+    at_length = ["--tensors"] * what.endswith("at length")
+    arguments = prompt(path) if what == "generate" else ("describe", path, *at_length)
+    with in_a_process(*arguments) as run:
+        run.stdout.close()
+        err = run.stderr.read()
+    assert run.wait() == 0
+    assert b"Traceback" not in err
+    assert b"BrokenPipe" not in err
+
+
+def test_a_real_run_without_a_terminal_is_plain_text(pristine):
+    with in_a_process(*prompt(pristine(), "--json")) as run:
+        out, err = run.communicate(timeout=120)
+    assert (run.returncode, err) == (0, b"")
+    assert json.loads(out).keys() == FIGURES
+
+
+def files_of(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_make_tiny_writes_the_same_bytes_for_the_same_seed(command, tmp_path, family):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        code, out, err = command("make-tiny", family, tmp_path / name, "--seed", seed)
+        assert (code, out, err) == (0, f"{tmp_path / name}\n", "")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert tensors_of(tmp_path / "a").keys() == tensors_of(tmp_path / "c").keys()
+    for name, tensor in tensors_of(tmp_path / "a").items():
+        assert tensor.isfinite().all(), name
+        assert not tensor.equal(tensors_of(tmp_path / "c")[name]), name
+        assert tensor.std() > 0, name
+
+
+def test_make_tiny_never_overwrites(command, tmp_path):
+    (tmp_path / "note").write_text("precious")
+    for path in (tmp_path, tmp_path / "note"):
+        said = refused(command("make-tiny", "deepseek_v3", path))
+        assert "exists already" in said
+    assert files_of(tmp_path) == {"note": b"precious"}
+
+
+def test_describe_counts_what_is_there(pristine, command):
+    path = pristine()
+    code, out, err = command("describe", path, "--json")
+    facts = json.loads(out)
+    model, tensors = load_model(path, progress=False), tensors_of(path)
+    own = sum(parameter.numel() for parameter in model.parameters())
+    mtp = sum(parameter.numel() for parameter in model.mtp.parameters())
+    assert (code, err) == (0, "")
+    assert facts["family"] == "deepseek_v3"
+    assert facts["parameters"] == own - mtp
+    assert facts["parameters of the MTP modules"] == mtp
+    assert facts["of them used per token"] == own - mtp - 2 * (8 - 3) * 3 * 48 * 24
+    assert facts["cache bytes per token (bfloat16)"] == 3 * (20 + 8) * 2
+    assert facts["with plain multi-head attention"] == 3 * 4 * (12 + 8 + 16) * 2
+    assert facts["stored tensors"] == len(tensors)
+    assert facts["bytes on disk"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert facts["stored as"] == f"{len(tensors)} F32"
+    assert "architectures" in facts["config keys not used"]
+    assert "model_type" not in facts["config keys not used"]
+    assert list(facts["layers"]) == ["layer 0", "layers 1 to 2", "mtp 3"]
+    assert facts["tensors"].keys() == tensors.keys()
+    assert facts["tensors"]["lm_head.weight"] == ["F32", 320, 48]
+    text = command("describe", path)[1]
+    assert f"{own - mtp:,}" in text
+    assert "lm_head.weight" not in text
+    assert "lm_head.weight" in command("describe", path, "--tensors")[1]
+
+
+def test_describe_reads_headers_and_no_weights(pristine, command, tmp_path):
+    path = shutil.copytree(pristine(), tmp_path / "copy")
+    expected = command("describe", path, "--json", "--tensors")
+    for file in shards_of(path):
+        content = file.read_bytes()
+        header = 8 + int.from_bytes(content[:8], "little")
+        with file.open("r+b") as hollow:  # the same length, with nothing in it
+            hollow.truncate(header)
+            hollow.truncate(len(content))
+    assert command("describe", path, "--json", "--tensors") == expected
+    assert expected[0] == 0
+
+
+def test_describe_takes_a_config_alone(pristine, command):
+    code, out, _ = command("describe", pristine("deepseek_v2") / "config.json", "--json")
+    facts = json.loads(out)
+    assert (code, facts["family"], facts["stored tensors"]) == (0, "deepseek_v2", 0)
+
+
+def test_describe_of_garbage_is_one_line(command, tmp_path):
+    (tmp_path / "x").write_bytes(os.urandom(1000) + b"\xff")
+    assert "x: not UTF-8" in refused(command("describe", tmp_path / "x"))
