@@ -5,7 +5,7 @@ PYTHON ?= python3
 
 demo: .venv/installed
 	@.venv/bin/python -m tools generate --prompt "$$PROMPT" --max-new-tokens 300 \
-		--temperature 0.7 --top-p 0.95 --seed 1 --draft-tokens 1
+		--temperature 0.7 --top-p 0.95 --seed 4 --draft-tokens 1
 
 test: .venv/installed-for-tests
 	.venv/bin/python -m pytest

@@ -20,7 +20,7 @@ from moe import ConfigError
 
 from .config_file import CheckpointError, Fields, read_json
 from .families import FAMILIES
-from .mapping import Entry, Family, Rule, Shape, correspondences
+from .mapping import Entry, Family, Shape, correspondences
 from .shards import READABLE, Shards, open_shards, some
 
 
@@ -49,6 +49,7 @@ def load_model(
         check_size(shapes, shards, directory)
         entries = correspondences(family.rules, shapes, num_blocks(config), shards.tensors)
         copies = copied_entries(family, config, shapes)
+        copies += tied_head_entries(family, config, shapes)
         check_names(entries, copies, skipped, family, shards, directory)
         check_tensors(entries + copies, shards)
         state = fill(entries, shapes, shards, torch.device(device), dtype, progress)
@@ -157,16 +158,23 @@ def with_mtp_as_stored(
 def copied_entries(
     family: Family, config: ModelConfig, shapes: dict[str, tuple[int, ...]]
 ) -> list[Entry]:
-    """Tensors that a file may hold again under a second name."""
-    copies = [
-        Rule(rule.ours, rule.published.replace("{mtp}", str(len(config.layers) + j)))
-        for rule in family.copies
-        for j in range(len(config.mtp))
-    ]
-    if config.tied_embeddings:
-        heads = [rule for rule in family.rules if rule.ours == "head.weight"]
-        copies = [Rule("embed.weight", rule.published) for rule in [*heads, *copies]]
-    return [Entry(rule.published, shapes[str(rule.ours)], (str(rule.ours),)) for rule in copies]
+    """Embedding and head as files repeat them in every MTP module."""
+    copies = []
+    for rule in family.copies:
+        ours = "embed.weight" if config.tied_embeddings else str(rule.ours)
+        for layer in range(len(config.layers), num_blocks(config)):
+            published = rule.published.replace("{mtp}", str(layer))
+            copies.append(Entry(published, shapes[ours], (ours,)))
+    return copies
+
+
+def tied_head_entries(
+    family: Family, config: ModelConfig, shapes: dict[str, tuple[int, ...]]
+) -> list[Entry]:
+    """The head that a file may hold although the embedding serves as one."""
+    heads = [rule.published for rule in family.rules if rule.ours == "head.weight"]
+    tied = heads if config.tied_embeddings else []
+    return [Entry(published, shapes["embed.weight"], ("embed.weight",)) for published in tied]
 
 
 def check_size(shapes: Mapping[str, Shape], shards: Shards, directory: Path) -> None:

@@ -38,8 +38,7 @@ def save_model(model: Transformer, path: str | Path, max_shard_bytes: int = 5_00
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     family = family_of(model.config, directory)
     entries = correspondences(family.rules, shapes, num_blocks(model.config))
-    if model.config.mtp:
-        entries += copied_entries(family, model.config, shapes)
+    entries += copied_entries(family, model.config, shapes)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -5,6 +5,8 @@ import shutil
 import pytest
 from hypothesis import settings
 
+from tools.make_tiny import write_tiny
+
 settings.register_profile("quick", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("quick")
 
@@ -12,8 +14,6 @@ settings.load_profile("quick")
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory):
     """pristine(family, **config_changes): a tiny checkpoint, written once and never altered."""
-    from tools.make_tiny import write_tiny
-
     written = {}
 
     def checkpoint(family="deepseek_v3", **changes):

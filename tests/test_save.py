@@ -154,8 +154,9 @@ def test_config_json_says_the_dtype_of_the_weights_it_is_saved_with(tiny, tmp_pa
     assert all(name.endswith("e_score_correction_bias") for name in kept)
 
 
-def test_tied_embeddings_are_stored_once(tiny, tmp_path):
-    path = tiny("kimi_k2", tie_word_embeddings=True)
+@pytest.mark.parametrize("family", ["kimi_k2", "deepseek_v3"])
+def test_tied_embeddings_are_stored_once(tiny, tmp_path, family):
+    path = tiny(family, tie_word_embeddings=True)
     save_model(load(path), tmp_path / "saved")
     assert "lm_head.weight" not in tensors_of(tmp_path / "saved")
     same(load(tmp_path / "saved").state_dict(), load(path).state_dict())
