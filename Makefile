@@ -4,7 +4,7 @@ PYTHON ?= python3
 .PHONY: demo test check
 
 demo: .venv/installed
-	@.venv/bin/python -m tools generate --prompt "$$PROMPT" --max-new-tokens 300 \
+	@.venv/bin/python -m tools generate --prompt "$$PROMPT" --max-new-tokens 200 \
 		--temperature 0.7 --top-p 0.95 --seed 4 --draft-tokens 1
 
 test: .venv/installed-for-tests
