@@ -8,6 +8,7 @@ selection biases are random too, so that leaving one out shows.
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,12 @@ def write_tiny(family: str, path: Path, seed: int = 0, **changes: Any) -> None:
         file.write_text(json.dumps(config))
         model = Transformer(read_config(file))
     randomize(model, seed)
-    save_model(model, path, max_shard_bytes=200_000)
+    fresh = path.with_name(path.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_model(model, fresh, max_shard_bytes=200_000)
     vocabulary = train_vocabulary(WORDS, config["vocab_size"])
-    (path / "tokenizer.model").write_bytes(vocabulary)
+    (fresh / "tokenizer.model").write_bytes(vocabulary)
+    fresh.rename(path)
 
 
 @torch.no_grad()
