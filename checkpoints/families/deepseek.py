@@ -115,6 +115,7 @@ def rope_config(fields: Fields, layout: str) -> RopeConfig:
     mscale = scaling.number("mscale", default=0.0, at_least=0)
     mscale_all = scaling.number("mscale_all_dim", default=0.0, at_least=0)
     ratio = g(mscale, factor) / g(mscale_all, factor) if mscale and mscale_all else g(1.0, factor)
+    # besides the amplitude, at every length; transformers' deepseek_v2 lacked it until mid-2026
     multiplier = g(mscale_all, factor) * g(mscale_all, factor) if mscale_all else 1.0
     return RopeConfig(
         width=width,
