@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe import MoEConfig, require, require_choice, require_int, require_number
+from moe import MoEConfig, require, require_choice, require_flag, require_int, require_number
 
 INFINITY = float("inf")
 
@@ -23,6 +23,7 @@ class YarnConfig:
         require_number("factor", self.factor, 0, INFINITY)
         require(self.factor >= 1, "factor", self.factor, "must be >= 1")
         require_int("original_length", self.original_length)
+        require_flag("truncate", self.truncate)
         require_number("beta_fast", self.beta_fast, 0, INFINITY)
         require_number("beta_slow", self.beta_slow, 0, INFINITY)
         ordered = self.beta_fast >= self.beta_slow
@@ -91,6 +92,7 @@ class MLAConfig:
             require_int(name, getattr(self, name))
         if self.query_rank is not None:
             require_int("query_rank", self.query_rank)
+        require_flag("bias", self.bias)
         require_number("latent_norm_epsilon", self.latent_norm_epsilon, 0, INFINITY)
 
 
@@ -139,3 +141,4 @@ class ModelConfig:
         some_layers = isinstance(self.layers, tuple) and len(self.layers) > 0
         require(some_layers, "layers", self.layers, "must be a tuple of at least one layer")
         require_number("norm_epsilon", self.norm_epsilon, 0, INFINITY)
+        require_flag("tied_embeddings", self.tied_embeddings)

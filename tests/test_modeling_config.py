@@ -25,6 +25,7 @@ WRONG = [
     (YARN, "original_length", WHOLE),
     (YARN, "beta_fast", [*POSITIVE, 0.5]),  # below beta_slow
     (YARN, "beta_slow", [*POSITIVE, 17.0]),  # above beta_fast
+    (YARN, "truncate", [0, None, "false"]),
     (rope(), "width", [*WHOLE, 1, 3]),
     (rope(), "theta", [1.0, *POSITIVE]),
     (rope(), "layout", ["", "neox", None]),
@@ -38,12 +39,14 @@ WRONG = [
     (mla(), "kv_rank", WHOLE),
     (mla(), "nope_width", WHOLE),
     (mla(), "value_width", WHOLE),
+    (mla(), "bias", [1, None, "false"]),
     (mla(), "latent_norm_epsilon", POSITIVE),
     (DenseConfig(width=4), "width", WHOLE),
     (model_config(mla()), "vocab_size", WHOLE),
     (model_config(mla()), "d_model", WHOLE),
     (model_config(mla()), "max_length", WHOLE),
-    (model_config(mla()), "layers", [()]),
+    (model_config(mla()), "layers", [(), None]),
+    (model_config(mla()), "tied_embeddings", [0, None, "false"]),
     (model_config(mla()), "norm_epsilon", POSITIVE),
 ]
 CASES = [(config, field, value) for config, field, values in WRONG for value in values]

@@ -275,7 +275,9 @@ def keep_lines(path: Path, num_lines: int) -> None:
     """Drop log lines of steps that a resumed run will take again."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:num_lines]
-        path.write_text("".join(lines), encoding="utf-8")
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.replace(path)
 
 
 def write_model(out: Path, model: Transformer) -> Path:
