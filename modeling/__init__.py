@@ -1,12 +1,13 @@
 """Transformers as data and modules. Builds on `moe`; knows nothing of files or families."""
 
-from .cache import Cache, LayerCache
+from .cache import Cache, LayerCache, WindowCache
 from .config import (
     DenseConfig,
     GQAConfig,
     LayerConfig,
     MLAConfig,
     ModelConfig,
+    QKNormConfig,
     RopeConfig,
     YarnConfig,
 )
@@ -25,8 +26,10 @@ __all__ = [
     "LayerConfig",
     "MLAConfig",
     "ModelConfig",
+    "QKNormConfig",
     "RopeConfig",
     "Transformer",
+    "WindowCache",
     "YarnConfig",
     "generate",
     "generate_batch",

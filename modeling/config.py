@@ -57,6 +57,20 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QKNormConfig:
+    """RMS norms on queries and keys (Dehghani et al. 2023, section 2, with RMS for layer norms)."""
+
+    over: str = "head"  # "head": each head by itself; "all": all heads of a token as one vector
+    after_rope: bool = False  # else before; the order shows because the norms' weights do not turn
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        require_choice("qk norm over", self.over, ("head", "all"))
+        require_flag("after_rope", self.after_rope)
+        require_number("qk norm epsilon", self.epsilon, 0, INFINITY)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GQAConfig:
     """Grouped-query attention (Ainslie et al. 2023); multi-head where kv_heads = num_heads."""
 
@@ -64,10 +78,22 @@ class GQAConfig:
     kv_heads: int
     head_width: int
     rope: RopeConfig  # its width may be less than head_width: the first dimensions are rotated
+    scale: float | None = None  # of the scores; None: head_width ** -0.5
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: QKNormConfig | None = None
+    window: int | None = None  # how many positions a query sees, its own included; None: all
+    sinks: bool = False  # a learned score per head that takes part in the softmax and has no value
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "kv_heads", "head_width"):
             require_int(name, getattr(self, name))
+        for name in ("qkv_bias", "output_bias", "sinks"):
+            require_flag(name, getattr(self, name))
+        if self.scale is not None:
+            require_number("scale", self.scale, 0, INFINITY)
+        if self.window is not None:
+            require_int("window", self.window)
         divides = f"must divide num_heads = {self.num_heads}"
         require(self.num_heads % self.kv_heads == 0, "kv_heads", self.kv_heads, divides)
         fits = f"must be <= head_width = {self.head_width}"
@@ -112,10 +138,18 @@ FeedForwardConfig = DenseConfig | MoEConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """One transformer block: norm, attention, add; norm, feed-forward, add."""
+    """One transformer block: attention, then feed-forward, each added to the residual stream."""
 
     attention: AttentionConfig
     feed_forward: FeedForwardConfig
+    norm_before: bool = True  # what each of the two reads is normalised
+    norm_after: bool = False  # what each of the two returns is normalised
+    residual_multiplier: float = 1.0  # of what each of the two adds
+
+    def __post_init__(self) -> None:
+        require_flag("norm_before", self.norm_before)
+        require_flag("norm_after", self.norm_after)
+        require_number("residual_multiplier", self.residual_multiplier, 0, INFINITY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +166,8 @@ class ModelConfig:
     mtp: tuple[LayerConfig, ...] = ()  # the block of each multi-token-prediction module
     norm_epsilon: float = 1e-6
     tied_embeddings: bool = False  # the head uses the embedding's weight
+    embedding_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
     max_length: int  # positions the model is made for
     published: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -140,5 +176,6 @@ class ModelConfig:
             require_int(name, getattr(self, name))
         some_layers = isinstance(self.layers, tuple) and len(self.layers) > 0
         require(some_layers, "layers", self.layers, "must be a tuple of at least one layer")
-        require_number("norm_epsilon", self.norm_epsilon, 0, INFINITY)
+        for name in ("norm_epsilon", "embedding_multiplier", "logits_multiplier"):
+            require_number(name, getattr(self, name), 0, INFINITY)
         require_flag("tied_embeddings", self.tied_embeddings)

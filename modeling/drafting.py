@@ -21,10 +21,10 @@ class Drafter:
     last one, fed its own state and draft.
     """
 
-    def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None:
+    def __init__(self, model: Transformer, batch_size: int, capacity: int, rollback: int) -> None:
         self.model = model
         self.modules = list(model.mtp.values())
-        self.caches = model.make_mtp_caches(batch_size, capacity)
+        self.caches = model.make_mtp_caches(batch_size, capacity, rollback)
         nothing = model.embed.weight.new_zeros(0, model.config.d_model)
         self.waiting = [[nothing] * batch_size for _ in self.modules]  # per module, per row
 
@@ -72,9 +72,8 @@ class Drafter:
         ]
         tokens_BT = padded(ahead, self.model)
         state_BTD = pad_sequence(states, batch_first=True)
-        positions = new_positions(starts, tokens_BT)
-        state_BTD = module(state_BTD, self.model.embed(tokens_BT), positions, cache)
-        cache.truncate([start + n for start, n in zip(starts, counts, strict=True)])
+        positions = new_positions(starts, tokens_BT, counts)
+        state_BTD = module(state_BTD, self.model.embedded(tokens_BT), positions, cache)
         return [state_nD[:n] for state_nD, n in zip(state_BTD, counts, strict=True)]
 
 

@@ -170,8 +170,8 @@ def decode(
         return
     rows, limits = range(len(prompts)), [len(prompt) + max_new_tokens for prompt in prompts]
     capacity = max(limits) + draft_tokens
-    cache = model.make_cache(len(prompts), capacity)
-    drafter = Drafter(model, len(prompts), capacity)
+    cache = model.make_cache(len(prompts), capacity, rollback=draft_tokens)
+    drafter = Drafter(model, len(prompts), capacity, rollback=draft_tokens)
     random = [random_stream(seed) for _ in rows]
     finished = [False for _ in rows]
     drafts: list[list[int]] = [[] for _ in rows]
@@ -182,7 +182,7 @@ def decode(
     while not all(finished):
         held = cache.lengths
         fed = [prompts[row][held[row] :] + drafts[row] for row in rows]
-        states_BTD = model.hidden_states(padded(fed, model), cache)
+        states_BTD = model.hidden_states(padded(fed, model), cache, [len(row) for row in fed])
         deciding = [
             states_BTD[row, len(fed[row]) - len(drafts[row]) - 1 : len(fed[row])] for row in rows
         ]

@@ -48,8 +48,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.o = nn.Linear(H * M, d_model, bias=bias)
         self.scale = (P + R) ** -0.5 * config.rope.softmax_multiplier
 
-    def make_cache(self, batch_size: int, max_length: int) -> LayerCache:
-        width = self.config.kv_rank + self.config.rope.width
+    def make_cache(self, batch_size: int, max_length: int, rollback: int = 0) -> LayerCache:
+        width = self.config.kv_rank + self.config.rope.width  # `rollback` of any size is possible
         return LayerCache(batch_size, max_length, [width], like=self.kv_compress.weight)
 
     def forward(self, x_BTD: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
@@ -60,14 +60,20 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BTC, key_BTR = self.kv_compress(x_BTD).split([c.kv_rank, rope.width], dim=-1)
         key_BTR = rotate(key_BTR[:, :, None], rope, positions).squeeze(2)
         kept_BSW = torch.cat([self.kv_norm(latent_BTC), key_BTR], dim=-1)
+        keys_BS = None
         if cache is not None:
-            (kept_BSW,) = cache.append(kept_BSW)
+            (kept_BSW,), keys_BS = cache.append(kept_BSW, counts=positions.counts)
         absorbing = absorbing_pays(x_BTD.shape[1], kept_BSW.shape[1], c)
         form = self.absorbed if absorbing else self.expanded
-        return self.o(form(q_BTHP, q_BTHR, kept_BSW, positions).flatten(2))
+        return self.o(form(q_BTHP, q_BTHR, kept_BSW, positions, keys_BS).flatten(2))
 
     def expanded(
-        self, q_BTHP: Tensor, q_BTHR: Tensor, kept_BSW: Tensor, positions: Positions
+        self,
+        q_BTHP: Tensor,
+        q_BTHR: Tensor,
+        kept_BSW: Tensor,
+        positions: Positions,
+        keys_BS: Tensor | None,
     ) -> Tensor:
         """Attend per head to keys and values made from the latents; (B, T, H, M)."""
         c = self.config
@@ -77,10 +83,16 @@ class MultiHeadLatentAttention(nn.Module):
         shared_BHSR = key_BSR[:, None].expand(-1, c.num_heads, -1, -1)
         q_BHTp = torch.cat([q_BTHP, q_BTHR], dim=-1).transpose(1, 2)
         k_BHSp = torch.cat([k_BHSP, shared_BHSR], dim=-1)
-        return attend(q_BHTp, k_BHSp, v_BHSM, positions, self.scale).transpose(1, 2)
+        y_BHTM = attend(q_BHTp, k_BHSp, v_BHSM, positions, keys_BS, self.scale)
+        return y_BHTM.transpose(1, 2)
 
     def absorbed(
-        self, q_BTHP: Tensor, q_BTHR: Tensor, kept_BSW: Tensor, positions: Positions
+        self,
+        q_BTHP: Tensor,
+        q_BTHR: Tensor,
+        kept_BSW: Tensor,
+        positions: Positions,
+        keys_BS: Tensor | None,
     ) -> Tensor:
         """Attend in the latent space, all heads to the same latents; (B, T, H, M).
 
@@ -92,7 +104,7 @@ class MultiHeadLatentAttention(nn.Module):
         w_uk_HPC, w_uv_HMC = weight_HpC.split([c.nope_width, c.value_width], dim=1)
         q_BTHC = torch.einsum("BTHP,HPC->BTHC", q_BTHP, w_uk_HPC)
         q_B1tW = torch.cat([q_BTHC, q_BTHR], dim=-1).flatten(1, 2)[:, None]
-        mask_B1tS = visible(positions, kept_BSW.shape[1]).repeat_interleave(c.num_heads, dim=2)
+        mask_B1tS = visible(positions, keys_BS).repeat_interleave(c.num_heads, dim=2)
         kept_B1SW = kept_BSW[:, None]
         y_B1tW = F.scaled_dot_product_attention(
             q_B1tW, kept_B1SW, kept_B1SW, attn_mask=mask_B1tS, scale=self.scale

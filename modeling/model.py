@@ -3,6 +3,8 @@
 Shapes: B batch, T new tokens, D model width, V vocabulary.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import assert_never, cast
 
 import torch
@@ -20,13 +22,18 @@ from .rope import Positions
 
 
 class Block(nn.Module):
-    """One layer. The residual stream is the two additions of `forward` and nothing else."""
+    """One layer. The residual stream is the two additions of `forward` and nothing else.
+
+    Norms stand before attention and feed-forward, after them (on what they return), or both.
+    """
 
     def __init__(self, d_model: int, norm_epsilon: float, config: LayerConfig) -> None:
         super().__init__()
         self.attention: GroupedQueryAttention | MultiHeadLatentAttention
         self.feed_forward: nn.Module
-        self.attention_norm = RMSNorm(d_model, norm_epsilon)
+        before = partial(norm_or_nothing, config.norm_before, d_model, norm_epsilon)
+        after = partial(norm_or_nothing, config.norm_after, d_model, norm_epsilon)
+        self.attention_norm = before()
         match config.attention:
             case GQAConfig() as gqa:
                 self.attention = GroupedQueryAttention(d_model, gqa)
@@ -34,7 +41,8 @@ class Block(nn.Module):
                 self.attention = MultiHeadLatentAttention(d_model, mla)
             case other:
                 assert_never(other)
-        self.feed_forward_norm = RMSNorm(d_model, norm_epsilon)
+        self.attention_output_norm = after()
+        self.feed_forward_norm = before()
         match config.feed_forward:
             case DenseConfig(width=width):
                 self.feed_forward = FeedForward(d_model, width)
@@ -42,10 +50,21 @@ class Block(nn.Module):
                 self.feed_forward = MoE(d_model, moe)
             case unknown:
                 assert_never(unknown)
+        self.feed_forward_output_norm = after()
+        self.residual_multiplier = config.residual_multiplier
 
     def forward(self, x_BTD: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), positions, cache)
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        y_BTD = self.attention(self.attention_norm(x_BTD), positions, cache)
+        x_BTD = self.added(x_BTD, self.attention_output_norm(y_BTD))
+        y_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
+        return self.added(x_BTD, self.feed_forward_output_norm(y_BTD))
+
+    def added(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
+        return torch.add(x_BTD, y_BTD, alpha=self.residual_multiplier)
+
+
+def norm_or_nothing(wanted: bool, d_model: int, epsilon: float) -> nn.Module:
+    return RMSNorm(d_model, epsilon) if wanted else nn.Identity()
 
 
 class Transformer(nn.Module):
@@ -87,32 +106,52 @@ class Transformer(nn.Module):
         x_BTD = self.hidden_states(tokens_BT, cache)
         return self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
 
-    def hidden_states(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """What the head and the first MTP module read: (B, T, D), after the final norm."""
+    def hidden_states(
+        self,
+        tokens_BT: Tensor,
+        cache: Cache | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """What the head and the first MTP module read: (B, T, D), after the final norm.
+
+        counts: how many tokens of each row are real, where rows are padded on the right; the
+        cache keeps those alone.
+        """
         self.check_tokens(tokens_BT)
         lengths = [0] if cache is None else cache.lengths
         if cache is not None and len(lengths) != len(tokens_BT):
             raise ValueError(f"{len(tokens_BT)} rows of tokens for a cache of {len(lengths)}")
-        x_BTD = self.embed(tokens_BT)
-        positions = new_positions(lengths, tokens_BT)
+        x_BTD = self.embedded(tokens_BT)
+        positions = new_positions(lengths, tokens_BT, counts)
         for i, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, positions, None if cache is None else cache.layers[i])
-        return self.norm(x_BTD)
+        # the head is linear: what scales its input scales the logits, in the loss as well
+        return self.norm(x_BTD) * self.config.logits_multiplier
+
+    def embedded(self, tokens_BT: Tensor) -> Tensor:
+        return self.embed(tokens_BT) * self.config.embedding_multiplier
 
     def logits(self, x_BTD: Tensor) -> Tensor:
         """The head on hidden states, (B, T, V), in float32 at least."""
         logits_BTV = self.head(x_BTD)
         return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
 
-    def make_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty cache on the model's device and in its dtype, for the main layers."""
-        layers = cast(list[Block], self.layers)
-        return Cache([layer.attention.make_cache(batch_size, max_length) for layer in layers])
+    def make_cache(self, batch_size: int, max_length: int, rollback: int = 0) -> Cache:
+        """An empty cache on the model's device and in its dtype, for the main layers.
 
-    def make_mtp_caches(self, batch_size: int, max_length: int) -> list[LayerCache]:
+        rollback: how many positions it can be truncated by, at any time, where layers have
+        windows; layers without can be truncated to any length.
+        """
+        layers = cast(list[Block], self.layers)
+        sizes = batch_size, max_length, rollback
+        return Cache([layer.attention.make_cache(*sizes) for layer in layers])
+
+    def make_mtp_caches(
+        self, batch_size: int, max_length: int, rollback: int = 0
+    ) -> list[LayerCache]:
         """An empty cache for each MTP module."""
         blocks = [cast(Block, module.block) for module in self.mtp.values()]
-        return [block.attention.make_cache(batch_size, max_length) for block in blocks]
+        return [block.attention.make_cache(batch_size, max_length, rollback) for block in blocks]
 
     def mtp_logits(self, tokens_BT: Tensor) -> list[Tensor]:
         """Logits of depths k = 1, 2, ...: (B, T - k, V); position i predicts token i + 1 + k."""
@@ -123,10 +162,10 @@ class Transformer(nn.Module):
         """What the head reads at each depth k, (B, T - k, D), after `hidden_states` x_BTD."""
         states, x_BtD = [], x_BTD
         for k, module in enumerate(self.mtp.values(), start=1):
-            next_BtD = self.embed(tokens_BT[:, k:])
+            next_BtD = self.embedded(tokens_BT[:, k:])
             positions = new_positions([0], tokens_BT[:, k:])
             x_BtD = module(x_BtD[:, : next_BtD.shape[1]], next_BtD, positions, None)
-            states.append(x_BtD)
+            states.append(x_BtD * self.config.logits_multiplier)
         return states
 
     def check_tokens(self, tokens_BT: Tensor) -> None:
@@ -143,7 +182,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, std: float, seed: int) -> None:
-        """Draw every matrix from a normal distribution; norms start at 1, biases at 0.
+        """Draw every matrix from a normal distribution; norms start at 1, biases and sinks at 0.
 
         Projections that write to the residual stream get std / sqrt(2 layers) (GPT-2, section
         2.3), so that its variance does not grow with depth.
@@ -151,16 +190,21 @@ class Transformer(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         into_residual = std / (2 * len(self.layers)) ** 0.5
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            if name.endswith(("bias", "sinks")):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
             else:
                 writes = name.endswith(("attention.o.weight", "down", "down.weight"))
                 drawn = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(drawn * (into_residual if writes else std))
 
 
-def new_positions(lengths: list[int], tokens_BT: Tensor) -> Positions:
+def new_positions(
+    lengths: list[int], tokens_BT: Tensor, counts: Sequence[int] | None = None
+) -> Positions:
     """The positions that new tokens take behind rows of these lengths."""
     T, device = tokens_BT.shape[1], tokens_BT.device
     rows = lengths[:1] if len(set(lengths)) == 1 else lengths
-    return Positions(torch.tensor(rows, device=device)[:, None] + torch.arange(T, device=device))
+    indices_BT = torch.tensor(rows, device=device)[:, None] + torch.arange(T, device=device)
+    return Positions(indices_BT, counts)

@@ -13,6 +13,7 @@ width, R rotated width.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,10 +48,13 @@ def stretched(inverse_r: Tensor, rope: RopeConfig, yarn: YarnConfig) -> Tensor:
 
 
 class Positions:
-    """Where the new tokens stand, and each rope's cos and sin there, computed once per forward."""
+    """Where the new tokens stand, and each rope's cos and sin there, computed once per forward.
 
-    def __init__(self, indices_BT: Tensor) -> None:
-        self.indices_BT = indices_BT
+    counts: how many of the T tokens are real, row by row, where rows are padded; None: all.
+    """
+
+    def __init__(self, indices_BT: Tensor, counts: Sequence[int] | None = None) -> None:
+        self.indices_BT, self.counts = indices_BT, counts
         self._tables: dict[RopeConfig, tuple[Tensor, Tensor]] = {}
 
     def table(self, rope: RopeConfig) -> tuple[Tensor, Tensor]:

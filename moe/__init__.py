@@ -8,6 +8,7 @@ from .balance import (
     updated_selection_bias,
 )
 from .config import (
+    Clamp,
     ConfigError,
     MoEConfig,
     require,
@@ -16,13 +17,15 @@ from .config import (
     require_int,
     require_number,
 )
-from .experts import Experts, experts_grouped, experts_loop
+from .experts import Biases, Experts, experts_grouped, experts_loop
 from .feed_forward import FeedForward
 from .layer import MoE
 from .record import record_routing, routers
 from .routing import Router, Routing, route
 
 __all__ = [
+    "Biases",
+    "Clamp",
     "ConfigError",
     "Experts",
     "FeedForward",

@@ -39,6 +39,18 @@ def require_choice(field: str, value: object, known: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Clamp:
+    """Bounds inside a gated activation: see `feed_forward.clamped_swiglu`."""
+
+    limit: float  # of gate (from above) and up (from both sides)
+    alpha: float  # slope of the sigmoid that gates
+
+    def __post_init__(self) -> None:
+        require_number("limit", self.limit, 0, float("inf"))
+        require_number("alpha", self.alpha, 0, float("inf"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """One mixture-of-experts layer.
 
@@ -50,10 +62,13 @@ class MoEConfig:
     num_experts: int
     top_k: int
     expert_width: int  # hidden width F of one routed expert
+    expert_biases: bool = False  # on all three of an expert's products
+    clamp: Clamp | None = None  # of the routed experts' activation; None: plain SwiGLU
 
     # scoring
     scoring: str  # "softmax" or "sigmoid": a key of scoring.SCORING
     router_precision: str = "float32"  # of the router's matrix product: "float32" or "weights"
+    router_bias: bool = False  # added to the logits, so it takes part in everything after
 
     # choosing
     selection_bias: bool = False  # a bias per expert that takes part in choosing, never in weighing
@@ -62,12 +77,16 @@ class MoEConfig:
     group_score: str = "max"  # "max" or "top2_sum": a key of scoring.GROUP_SCORES
 
     # weighing
-    normalize: bool = False  # divide the chosen weights by their sum
+    # Divide the chosen weights by their sum. Of softmax scores that leaves the softmax over the
+    # chosen logits alone, so a model that takes the top K first and the softmax after says this.
+    normalize: bool = False
     normalize_epsilon: float = 0.0  # added to that sum
+    normalize_minimum: float = 0.0  # what that sum counts as at least
     scale: float = 1.0  # multiplies the weights, normalised or not
 
     # the expert that every token uses
     shared_width: int = 0  # 0: none. Several shared experts are one of their summed width.
+    shared_gate: bool = False  # its output counts as much as the sigmoid of a linear score says
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "top_k", "expert_width", "num_groups", "groups_kept"):
@@ -87,8 +106,11 @@ class MoEConfig:
         require(self.top_k <= reachable, "top_k", self.top_k, fits)
         pairs = groups == 1 or self.group_score != "top2_sum" or experts // groups >= 2
         require(pairs, "group_score", self.group_score, "needs at least two experts in a group")
-        require_flag("selection_bias", self.selection_bias)
-        require_flag("normalize", self.normalize)
-        if self.normalize_epsilon != 0:
-            require_number("normalize_epsilon", self.normalize_epsilon, 0, 1)
+        for field in ("expert_biases", "router_bias", "selection_bias", "normalize", "shared_gate"):
+            require_flag(field, getattr(self, field))
+        for field in ("normalize_epsilon", "normalize_minimum"):
+            if getattr(self, field) != 0:
+                require_number(field, getattr(self, field), 0, 1)
+        gated = self.shared_width > 0 or not self.shared_gate
+        require(gated, "shared_gate", self.shared_gate, "there is no shared expert to gate")
         require_number("scale", self.scale, 0, float("inf"))

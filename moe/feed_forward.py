@@ -3,13 +3,23 @@
 Shapes: ... any leading dimensions, D model width, F hidden width.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .config import Clamp
 
 
 def swiglu(gate_F: Tensor, up_F: Tensor) -> Tensor:
     """silu(gate) * up, elementwise (Shazeer 2020, "GLU Variants Improve Transformer")."""
     return F.silu(gate_F) * up_F
+
+
+def clamped_swiglu(gate_F: Tensor, up_F: Tensor, clamp: Clamp) -> Tensor:
+    """gate * sigmoid(alpha * gate) * (up + 1), both bounded first (gpt-oss, reference code)."""
+    gate_F = gate_F.clamp(max=clamp.limit)
+    up_F = up_F.clamp(min=-clamp.limit, max=clamp.limit)
+    return gate_F * torch.sigmoid(clamp.alpha * gate_F) * (up_F + 1)
 
 
 class FeedForward(nn.Module):
@@ -23,3 +33,14 @@ class FeedForward(nn.Module):
 
     def forward(self, x_D: Tensor) -> Tensor:
         return self.down(swiglu(self.gate(x_D), self.up(x_D)))
+
+
+class GatedFeedForward(FeedForward):
+    """A `FeedForward` whose output is scaled, token by token, by sigmoid(score(x))."""
+
+    def __init__(self, d_model: int, width: int) -> None:
+        super().__init__(d_model, width)
+        self.score = nn.Linear(d_model, 1, bias=False)
+
+    def forward(self, x_D: Tensor) -> Tensor:
+        return torch.sigmoid(self.score(x_D)) * super().forward(x_D)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .config import MoEConfig
 from .experts import Experts
-from .feed_forward import FeedForward
+from .feed_forward import FeedForward, GatedFeedForward
 from .routing import Router
 
 
@@ -18,7 +18,8 @@ class MoE(nn.Module):
         super().__init__()
         self.router = Router(d_model, config)
         self.experts = Experts(d_model, config)
-        self.shared = FeedForward(d_model, config.shared_width) if config.shared_width else None
+        kind = GatedFeedForward if config.shared_gate else FeedForward
+        self.shared = kind(d_model, config.shared_width) if config.shared_width else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, -2)

@@ -40,7 +40,7 @@ def route(logits_NE: Tensor, config: MoEConfig, bias_E: Tensor | None = None) ->
     experts_NK = choice_NE.topk(config.top_k, dim=-1, sorted=False).indices
     weights_NK = scores_NE.gather(-1, experts_NK)
     if config.normalize:
-        total_N1 = weights_NK.sum(dim=-1, keepdim=True)
+        total_N1 = weights_NK.sum(dim=-1, keepdim=True).clamp(min=config.normalize_minimum)
         weights_NK = weights_NK / (total_N1 + config.normalize_epsilon)
     return Routing(weights_NK * config.scale, experts_NK, scores_NE, logits_NE)
 
@@ -70,16 +70,16 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, d_model))
+        self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
         bias = torch.zeros(config.num_experts) if config.selection_bias else None
         self.register_buffer("selection_bias", bias)
 
     def forward(self, x_ND: Tensor) -> Routing:
-        at_least_float32 = torch.promote_types(x_ND.dtype, torch.float32)
-        if self.config.router_precision == "float32":
-            logits_NE = F.linear(x_ND.to(at_least_float32), self.weight.to(at_least_float32))
-        else:
-            logits_NE = F.linear(x_ND, self.weight).to(at_least_float32)
-        return route(logits_NE, self.config, self.selection_bias)
+        wide = torch.promote_types(x_ND.dtype, torch.float32)
+        product_dtype = wide if self.config.router_precision == "float32" else self.weight.dtype
+        bias_E = None if self.bias is None else self.bias.to(product_dtype)
+        logits_NE = F.linear(x_ND.to(product_dtype), self.weight.to(product_dtype), bias_E)
+        return route(logits_NE.to(wide), self.config, self.selection_bias)
 
     def _apply(self, fn, recurse=True):
         """Keep the selection bias in float32 at least when the module is cast.
