@@ -88,18 +88,58 @@ class Fields:
         return value
 
     def number(
-        self, *keys: str, default: float | None = None, at_least: float = -sys.float_info.max
+        self,
+        *keys: str,
+        default: float | None = None,
+        at_least: float = -sys.float_info.max,
+        above: float = -math.inf,
     ) -> float:
         key, value = self.find(keys, default)
         real = isinstance(value, int | float) and not isinstance(value, bool)
-        expected = "a finite number" + (" >= 0" if at_least == 0 else "")
-        self.check(real and at_least <= value <= sys.float_info.max, key, value, expected)
+        limits = {" >= 0": at_least == 0, " > 0": above == 0}
+        expected = "a finite number" + "".join(rule for rule, holds in limits.items() if holds)
+        finite = real and at_least <= value <= sys.float_info.max and value > above
+        self.check(finite, key, value, expected)
         return float(value)
 
     def flag(self, *keys: str, default: bool | None = None) -> bool:
         key, value = self.find(keys, default)
         self.check(isinstance(value, bool), key, value, "true or false")
         return value
+
+    def flag_is(self, key: str, expected: bool) -> None:
+        """A switch that must stand where it stands in every release; it may be absent."""
+        value = self.flag(key, default=expected)
+        self.check(value is expected, key, value, str(expected).lower())
+
+    def integers(
+        self, *keys: str, default: Sequence[int] | None = None, at_least: int = 1
+    ) -> tuple[int, ...]:
+        """A list of whole numbers."""
+        key, value = self.find(keys, default)
+        whole = isinstance(value, list | tuple) and all(
+            isinstance(v, int) and not isinstance(v, bool) and v >= at_least for v in value
+        )
+        self.check(whole, key, value, f"a list of whole numbers >= {at_least}")
+        return tuple(value)
+
+    def per_layer(self, num_layers: int, *keys: str, default: int | None = None) -> list[int]:
+        """A whole number for every layer: one for all, or a list of at least so many."""
+        key, value = self.find(keys, default)
+        if not isinstance(value, list):
+            return [self.integer(*keys, default=default)] * num_layers
+        values = self.integers(*keys)
+        self.check(len(values) >= num_layers, key, value, f"one for each of {num_layers} layers")
+        return list(values[:num_layers])
+
+    def layer_kinds(self, key: str, known: Sequence[str], default: Sequence[str]) -> list[str]:
+        """A kind for every layer, as many as `default` has."""
+        _, value = self.find([key], default)
+        right = isinstance(value, list | tuple) and len(value) >= len(default)
+        kinds = ", ".join(known)
+        expected = f"a list of at least {len(default)} of {kinds}"
+        self.check(right and all(kind in known for kind in value), key, value, expected)
+        return list(value[: len(default)])
 
     def choice(self, *keys: str, known: Sequence[str], default: str | None = None) -> str:
         key, value = self.find(keys, default)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from modeling import ModelConfig, Transformer
 from moe import ConfigError
 
 from .config_file import CheckpointError, Fields, read_json
-from .families import FAMILIES
+from .families import FAMILIES, MECHANISMS, NOT_YET
 from .mapping import Entry, Family, Shape, correspondences
 from .shards import READABLE, Shards, open_shards, some
 
@@ -79,6 +80,8 @@ def interpreted(path: Path) -> tuple[ModelConfig, Fields]:
     file = config_path(path)
     fields = Fields(read_json(file))
     name = str(fields.find(["model_type"], "")[1])
+    if name in NOT_YET:
+        raise CheckpointError(f"{file}: model_type {name} is not supported: {NOT_YET[name]}")
     if name not in FAMILIES:
         near = get_close_matches(name, FAMILIES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -91,9 +94,21 @@ def interpreted(path: Path) -> tuple[ModelConfig, Fields]:
                 f"{file}: quantization_config.quant_method {method!r} is not supported: "
                 "convert the weights to bfloat16 first"
             )
-        return FAMILIES[name].read_config(fields), fields
+        config = FAMILIES[name].read_config(fields)
+        refuse_unread_mechanisms(fields, name)
+        return config, fields
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from None
+
+
+def refuse_unread_mechanisms(fields: Fields, family: str) -> None:
+    """A key that changes the architecture and that the family's adapter did not ask for."""
+    for key in fields.unread():
+        value = fields.raw[key]
+        if key in MECHANISMS and not any(value is o or value == o for o in MECHANISMS[key]):
+            raise ConfigError(
+                f"{key} = {value!r} changes the model in a way {family} does not have"
+            )
 
 
 def config_path(path: Path) -> Path:
@@ -161,7 +176,7 @@ def copied_entries(
     """Embedding and head as files repeat them in every MTP module."""
     copies = []
     for rule in family.copies:
-        ours = "embed.weight" if config.tied_embeddings else str(rule.ours)
+        ours = "embed.weight" if config.tied_embeddings else rule.names[0]
         for layer in range(len(config.layers), num_blocks(config)):
             published = rule.published.replace("{mtp}", str(layer))
             copies.append(Entry(published, shapes[ours], (ours,)))
@@ -172,7 +187,7 @@ def tied_head_entries(
     family: Family, config: ModelConfig, shapes: dict[str, tuple[int, ...]]
 ) -> list[Entry]:
     """The head that a file may hold although the embedding serves as one."""
-    heads = [rule.published for rule in family.rules if rule.ours == "head.weight"]
+    heads = [rule.published for rule in family.rules if rule.names == ("head.weight",)]
     tied = heads if config.tied_embeddings else []
     return [Entry(published, shapes["embed.weight"], ("embed.weight",)) for published in tied]
 
@@ -199,9 +214,9 @@ def check_names(
     """Every expected tensor is there, and none besides."""
     needed = {entry.published for entry in entries}
     missing = sorted(needed - shards.tensors.keys())
-    ignored = {name.replace("{layer}", str(i)) for name in family.ignored for i in range(1000)}
-    allowed = needed | ignored | set(skipped) | {copy.published for copy in copies}
-    unexpected = sorted(shards.tensors.keys() - allowed)
+    allowed = needed | set(skipped) | {copy.published for copy in copies}
+    left = sorted(shards.tensors.keys() - allowed)
+    unexpected = [n for n in left if not any(fnmatchcase(n, known) for known in family.ignored)]
     if missing or unexpected:
         raise CheckpointError(
             f"{directory}: the weights do not fit config.json: "

@@ -2,17 +2,18 @@
 
 A rule pairs a template of ours with one of theirs. `{layer}` runs over all layers, MTP modules
 continuing the count of the main ones; `{expert}` in the published name says that the file keeps
-each expert of our stacked tensor by itself. Several of our names against one of theirs are that
-one's rows, one after the other.
+each expert of our stacked tensor by itself. Where their tensor is not simply ours, an einops
+pattern says how it becomes ours, several of which are stacked along the first axis, P.
 
-Where the files of a family come in two layouts there is a rule for each: the one whose names are
-there is used for loading, the first for saving.
+Where the files of a family come in several layouts there is a rule for each: the one whose names
+are there is used for loading, the first for saving.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from modeling import ModelConfig
@@ -24,10 +25,21 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """One correspondence; `ours` names one tensor or several that are stored as one."""
+    """One correspondence; `ours` names one tensor, or several that are stored as one."""
 
     ours: str | tuple[str, ...]
     published: str
+    pattern: str | None = None  # theirs -> ours, as in "E (P F) D -> P E F D"; None: the same
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`ours` as a tuple."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+    def under(self, ours: str, published: str) -> "Rule":
+        """The same rule with a prefix before the names of either side."""
+        names = tuple(ours + name for name in self.names)
+        return Rule(names, published + self.published, self.pattern)
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Family:
     read_config: Callable[[Fields], ModelConfig]
     rules: tuple[Rule, ...]
     copies: tuple[Rule, ...] = ()  # published names that repeat a tensor which has its own rule
-    ignored: tuple[str, ...] = ()  # published names that hold nothing to load, with {layer}
+    ignored: tuple[str, ...] = ()  # patterns of published names that are not loaded: "vision.*"
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,10 @@ class Entry:
     shape: Shape
     ours: tuple[str, ...]
     expert: int | None = None  # the index into the first dimension of `ours`
+    pattern: str | None = None
 
     def parts(self, state: Mapping[str, Tensor]) -> list[Tensor]:
-        """Views of our tensors that this entry fills, in the order of its rows."""
+        """Views of our tensors that this entry fills."""
         return [
             state[name] if self.expert is None else state[name][self.expert] for name in self.ours
         ]
@@ -58,15 +71,27 @@ class Entry:
     def put(self, tensor: Tensor, state: Mapping[str, Tensor]) -> None:
         """Copy the file's tensor into its places in `state`."""
         parts = self.parts(state)
-        rows = [part.shape[-2] for part in parts] if len(parts) > 1 else []
-        pieces = tensor.split(rows, dim=-2) if rows else (tensor,)
+        pieces = tensor[None] if self.pattern is None else unpacked(tensor, self.pattern, parts)
         for part, piece in zip(parts, pieces, strict=True):
             part.copy_(piece)
 
     def take(self, state: Mapping[str, Tensor]) -> Tensor:
         """What `put` would have to be given for `state` to be as it is; a tensor of its own."""
         parts = self.parts(state)
-        return torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0].clone()
+        if self.pattern is None:
+            return parts[0].clone()
+        return packed(self.pattern, parts).contiguous()
+
+
+def unpacked(tensor: Tensor, pattern: str, parts: Sequence[Tensor]) -> Tensor:
+    """A published tensor as ours, stacked."""
+    return rearrange(tensor, pattern, **({"P": len(parts)} if "P" in pattern else {}))
+
+
+def packed(pattern: str, parts: Sequence[Tensor]) -> Tensor:
+    """Ours as the published tensor: the pattern backwards."""
+    theirs, ours = pattern.split("->")
+    return rearrange(torch.stack(tuple(parts)), f"{ours} -> {theirs}")
 
 
 def correspondences(
@@ -102,26 +127,23 @@ def correspondences(
 
 def instances(rule: Rule, shapes: Mapping[str, Shape], num_layers: int) -> list[list[Entry]]:
     """The entries of one rule, grouped by the tensors of ours that they fill together."""
-    templates = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
     layered = "{layer}" in rule.published
     groups = []
     for layer in range(num_layers if layered else 1):
-        ours = tuple(template.replace("{layer}", str(layer)) for template in templates)
+        ours = tuple(template.replace("{layer}", str(layer)) for template in rule.names)
         if any(name not in shapes for name in ours):
             continue
         published = rule.published.replace("{layer}", str(layer))
-        shape = stacked(tuple(shapes[name] for name in ours))
+        shape = shapes[ours[0]]
         if "{expert}" in published:
             names = [published.replace("{expert}", str(expert)) for expert in range(shape[0])]
             groups.append([Entry(name, shape[1:], ours, e) for e, name in enumerate(names)])
         else:
-            groups.append([Entry(published, shape, ours)])
+            shape = shape if rule.pattern is None else shape_of_packed(rule.pattern, ours, shapes)
+            groups.append([Entry(published, shape, ours, None, rule.pattern)])
     return groups
 
 
-def stacked(shapes: tuple[Shape, ...]) -> Shape:
-    """The shape of tensors stored as one: their rows one after the other."""
-    if len(shapes) == 1:
-        return shapes[0]
-    *leading, _, columns = shapes[0]
-    return (*leading, sum(shape[-2] for shape in shapes), columns)
+def shape_of_packed(pattern: str, ours: tuple[str, ...], shapes: Mapping[str, Shape]) -> Shape:
+    hollow = [torch.empty(shapes[name], device="meta") for name in ours]
+    return tuple(packed(pattern, hollow).shape)

@@ -1,45 +1,25 @@
-"""DeepSeek-V2 and V3 (R1, V3.1), Kimi-K2 and Moonlight: config.json -> ModelConfig.
+"""What several families inherited from DeepSeek: latent attention, V3's routing, MTP modules.
 
-Kimi-K2 says `kimi_k2` and is a V3 in everything else; Moonlight says `deepseek_v3` itself.
+No family itself; like `llama`, of which it continues the vocabulary.
 """
 
-import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
-from modeling import DenseConfig, LayerConfig, MLAConfig, ModelConfig, RopeConfig, YarnConfig
+from modeling import DenseConfig, LayerConfig, MLAConfig, ModelConfig, RopeConfig
 from moe import MoEConfig
 
 from ..config_file import Fields
-from ..mapping import Family, Rule
+from ..mapping import Rule
+from . import llama
 
 
-def deepseek_v2(fields: Fields) -> ModelConfig:
-    """DeepSeek-V2, V2-Lite, Coder-V2: softmax scores, groups scored by their best expert."""
-    fields.choice("scoring_func", known=["softmax"], default="softmax")
-    method = fields.choice(
-        "topk_method", known=["greedy", "group_limited_greedy"], default="greedy"
-    )
-    limited = method == "group_limited_greedy"
-    moe = MoEConfig(
-        scoring="softmax",
-        num_experts=fields.integer("n_routed_experts", "num_experts", "num_local_experts"),
-        top_k=fields.integer("num_experts_per_tok"),
-        expert_width=fields.integer("moe_intermediate_size"),
-        num_groups=fields.integer("n_group") if limited else 1,
-        groups_kept=fields.integer("topk_group") if limited else 1,
-        group_score="max",
-        # transformers ignores norm_topk_prob here, and every published V2 has it false
-        normalize=False,
-        scale=fields.number("routed_scaling_factor", default=1.0),
-        shared_width=shared_width(fields),
-    )
-    return model_config(fields, moe, interleaved=True)
-
-
-def deepseek_v3(fields: Fields) -> ModelConfig:
-    """DeepSeek-V3: sigmoid scores, a selection bias, groups scored by their two best experts."""
+def v3_experts(fields: Fields) -> MoEConfig:
+    """Sigmoid scores, a selection bias, groups scored by their two best experts."""
     fields.choice("scoring_func", known=["sigmoid"], default="sigmoid")
     fields.choice("topk_method", known=["noaux_tc"], default="noaux_tc")
-    moe = MoEConfig(
+    return MoEConfig(
         scoring="sigmoid",
         selection_bias=True,
         num_experts=fields.integer("n_routed_experts", "num_local_experts"),
@@ -48,12 +28,11 @@ def deepseek_v3(fields: Fields) -> ModelConfig:
         num_groups=fields.integer("n_group", default=1),
         groups_kept=fields.integer("topk_group", default=1),
         group_score="top2_sum",
-        normalize=fields.flag("norm_topk_prob", default=True),
+        normalize=fields.flag("norm_topk_prob"),
         normalize_epsilon=1e-20,
         scale=fields.number("routed_scaling_factor"),
         shared_width=shared_width(fields),
     )
-    return model_config(fields, moe, fields.flag("rope_interleave", default=True))
 
 
 def shared_width(fields: Fields) -> int:
@@ -62,147 +41,112 @@ def shared_width(fields: Fields) -> int:
     return count * fields.integer("moe_intermediate_size")
 
 
-def model_config(fields: Fields, moe: MoEConfig, interleaved: bool) -> ModelConfig:
-    """What V2 and V3 share: MLA, leading dense layers, the names of the sizes."""
-    fields.choice("hidden_act", known=["silu"], default="silu")
-    fields.integer("moe_layer_freq", default=1, at_most=1)
-    num_layers = fields.integer("num_hidden_layers", at_most=1000)
-    num_dense = fields.integer("first_k_dense_replace", at_least=0, at_most=num_layers)
-    attention = MLAConfig(
+def latent_attention(fields: Fields, layout: str) -> MLAConfig:
+    return MLAConfig(
         num_heads=fields.integer("num_attention_heads"),
         query_rank=fields.optional_integer("q_lora_rank"),
         kv_rank=fields.integer("kv_lora_rank"),
         nope_width=fields.integer("qk_nope_head_dim"),
         value_width=fields.integer("v_head_dim"),
-        rope=rope_config(fields, "interleaved" if interleaved else "half"),
+        rope=latent_rope(fields, layout),
         bias=fields.flag("attention_bias", default=False),
         # transformers builds these norms with 1e-6 whatever rms_norm_eps says (Moonlight: 1e-5)
         latent_norm_epsilon=1e-6,
     )
-    dense = LayerConfig(
-        attention=attention,
-        feed_forward=DenseConfig(width=fields.integer("intermediate_size")),
-    )
+
+
+def rope_layout(fields: Fields) -> str:
+    return "interleaved" if fields.flag("rope_interleave", default=True) else "half"
+
+
+def latent_rope(fields: Fields, layout: str) -> RopeConfig:
+    """Rope with YaRN's second correction, of the softmax scale, at every length.
+
+    (transformers' deepseek_v2 lacked it until mid-2026.)
+    """
+    rope = llama.rope_config(fields, fields.integer("qk_rope_head_dim"), layout=layout)
+    section = llama.rope_section(fields)
+    if rope.yarn is None or section is None:
+        return rope
+    correction = llama.g(llama.mscales(section)[1], rope.yarn.factor)
+    return replace(rope, softmax_multiplier=correction * correction)
+
+
+def leading_dense(
+    fields: Fields, attention: Any, moe: MoEConfig, mtp: bool = True, **more: Any
+) -> ModelConfig:
+    """`first_k_dense_replace` dense layers, then sparse ones, then MTP modules (sparse too)."""
+    fields.integer("moe_layer_freq", default=1, at_most=1)
+    count = llama.num_layers(fields)
+    num_dense = fields.integer("first_k_dense_replace", at_least=0, at_most=count)
+    kinds = ["dense"] * num_dense + ["sparse"] * (count - num_dense)
+    return dense_and_sparse(fields, attention, moe, kinds, num_mtp(fields) if mtp else 0, **more)
+
+
+def dense_and_sparse(
+    fields: Fields, attention: Any, moe: MoEConfig, kinds: Iterable[str], mtp: int = 0, **more: Any
+) -> ModelConfig:
+    """Layers of the two kinds that are otherwise alike, and so many MTP modules."""
     sparse = LayerConfig(attention=attention, feed_forward=moe)
-    mtp_keys = ("num_nextn_predict_layers", "num_mtp_layers")
-    num_mtp = fields.integer(*mtp_keys, default=0, at_least=0, at_most=1000)
-    return ModelConfig(
-        vocab_size=fields.integer("vocab_size"),
-        d_model=fields.integer("hidden_size"),
-        layers=tuple(dense if i < num_dense else sparse for i in range(num_layers)),
-        mtp=(sparse,) * num_mtp,
-        norm_epsilon=fields.number("rms_norm_eps", default=1e-6),
-        tied_embeddings=fields.flag("tie_word_embeddings", default=False),
-        max_length=fields.integer("max_position_embeddings", at_most=2**40),
-        published=dict(fields.raw),
-    )
-
-
-def rope_config(fields: Fields, layout: str) -> RopeConfig:
-    """Rope from the old keys (rope_theta, rope_scaling) or the new one (rope_parameters)."""
-    width = fields.integer("qk_rope_head_dim")
-    nested = fields.section("rope_parameters")
-    scaling = nested or fields.section("rope_scaling")
-    theta = fields.number("rope_theta", default=10000.0)
-    if nested is not None:
-        theta = nested.number("rope_theta", default=theta)
-    if scaling is None:
-        return RopeConfig(width=width, theta=theta, layout=layout)
-    kind = scaling.choice("rope_type", "type", known=["default", "yarn"], default="default")
-    if kind == "default":
-        return RopeConfig(width=width, theta=theta, layout=layout)
-    factor = scaling.number("factor")
-    mscale = scaling.number("mscale", default=0.0, at_least=0)
-    mscale_all = scaling.number("mscale_all_dim", default=0.0, at_least=0)
-    ratio = g(mscale, factor) / g(mscale_all, factor) if mscale and mscale_all else g(1.0, factor)
-    # besides the amplitude, at every length; transformers' deepseek_v2 lacked it until mid-2026
-    multiplier = g(mscale_all, factor) * g(mscale_all, factor) if mscale_all else 1.0
-    return RopeConfig(
-        width=width,
-        theta=theta,
-        layout=layout,
-        yarn=YarnConfig(
-            factor=factor,
-            original_length=scaling.integer("original_max_position_embeddings", at_most=2**40),
-            beta_fast=scaling.number("beta_fast", default=32.0),
-            beta_slow=scaling.number("beta_slow", default=1.0),
-            truncate=scaling.flag("truncate", default=True),
-        ),
-        amplitude=scaling.number("attention_factor", default=ratio),
-        softmax_multiplier=multiplier,
-    )
-
-
-def g(mscale: float, factor: float) -> float:
-    """YaRN's temperature: 0.1 * mscale * ln(factor) + 1."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-BLOCK = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "attention.q.weight": "self_attn.q_proj.weight",
-    "attention.q.compress.weight": "self_attn.q_a_proj.weight",
-    "attention.q.compress.bias": "self_attn.q_a_proj.bias",
-    "attention.q.norm.weight": "self_attn.q_a_layernorm.weight",
-    "attention.q.expand.weight": "self_attn.q_b_proj.weight",
-    "attention.kv_compress.weight": "self_attn.kv_a_proj_with_mqa.weight",
-    "attention.kv_compress.bias": "self_attn.kv_a_proj_with_mqa.bias",
-    "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
-    "attention.kv_expand.weight": "self_attn.kv_b_proj.weight",
-    "attention.o.weight": "self_attn.o_proj.weight",
-    "attention.o.bias": "self_attn.o_proj.bias",
-    "feed_forward_norm.weight": "post_attention_layernorm.weight",
-    "feed_forward.gate.weight": "mlp.gate_proj.weight",
-    "feed_forward.up.weight": "mlp.up_proj.weight",
-    "feed_forward.down.weight": "mlp.down_proj.weight",
-    "feed_forward.router.weight": "mlp.gate.weight",
-    "feed_forward.router.selection_bias": "mlp.gate.e_score_correction_bias",
-    "feed_forward.experts.gate": "mlp.experts.{expert}.gate_proj.weight",
-    "feed_forward.experts.up": "mlp.experts.{expert}.up_proj.weight",
-    "feed_forward.experts.down": "mlp.experts.{expert}.down_proj.weight",
-    "feed_forward.shared.gate.weight": "mlp.shared_experts.gate_proj.weight",
-    "feed_forward.shared.up.weight": "mlp.shared_experts.up_proj.weight",
-    "feed_forward.shared.down.weight": "mlp.shared_experts.down_proj.weight",
-}
-
-FUSED_EXPERTS = {  # the layout in transformers' memory, met in re-saved files: gate rows, then up
-    ("feed_forward.experts.gate", "feed_forward.experts.up"): "mlp.experts.gate_up_proj",
-    ("feed_forward.experts.down",): "mlp.experts.down_proj",
-}
-
-MTP = {
-    "embedding_norm.weight": "enorm.weight",
-    "state_norm.weight": "hnorm.weight",
-    "projection.weight": "eh_proj.weight",
-    "norm.weight": "shared_head.norm.weight",
-}
-
-
-def block_rules(prefix: str) -> list[Rule]:
-    """Rules of a decoder layer that we keep under `prefix`; the published prefix is always one."""
-    theirs = "model.layers.{layer}."
-    rules = [Rule(prefix + ours, theirs + published) for ours, published in BLOCK.items()]
-    return rules + [
-        Rule(tuple(prefix + name for name in ours), theirs + published)
-        for ours, published in FUSED_EXPERTS.items()
+    layers = [
+        sparse if kind == "sparse" else replace(sparse, feed_forward=dense(fields))
+        for kind in kinds
     ]
+    return llama.model_config(fields, layers, mtp=(sparse,) * mtp, **more)
 
 
-RULES = (
-    Rule("embed.weight", "model.embed_tokens.weight"),
-    *block_rules("layers.{layer}."),
-    Rule("norm.weight", "model.norm.weight"),
-    Rule("head.weight", "lm_head.weight"),
-    *(Rule("mtp.{layer}." + ours, "model.layers.{layer}." + name) for ours, name in MTP.items()),
-    *block_rules("mtp.{layer}.block."),
+def dense(fields: Fields) -> DenseConfig:
+    return DenseConfig(width=fields.integer("intermediate_size"))
+
+
+def num_mtp(fields: Fields) -> int:
+    keys = "num_nextn_predict_layers", "num_mtp_layers"
+    return fields.integer(*keys, default=0, at_least=0, at_most=1000)
+
+
+LATENT_ATTENTION = llama.rules(
+    {
+        "attention.q.weight": "self_attn.q_proj.weight",
+        "attention.q.compress.weight": "self_attn.q_a_proj.weight",
+        "attention.q.compress.bias": "self_attn.q_a_proj.bias",
+        "attention.q.norm.weight": "self_attn.q_a_layernorm.weight",
+        "attention.q.expand.weight": "self_attn.q_b_proj.weight",
+        "attention.kv_compress.weight": "self_attn.kv_a_proj_with_mqa.weight",
+        "attention.kv_compress.bias": "self_attn.kv_a_proj_with_mqa.bias",
+        "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
+        "attention.kv_expand.weight": "self_attn.kv_b_proj.weight",
+        "attention.o.weight": "self_attn.o_proj.weight",
+        "attention.o.bias": "self_attn.o_proj.bias",
+    }
 )
-
+FEED_FORWARD = (
+    *llama.DENSE,
+    *llama.ROUTER,
+    Rule("feed_forward.router.selection_bias", "mlp.gate.e_score_correction_bias"),
+    *llama.experts(),
+    *llama.gated("feed_forward.shared.", "mlp.shared_experts."),
+)
+BLOCK = (*llama.NORMS, *LATENT_ATTENTION, *FEED_FORWARD)
+MTP = llama.rules(
+    {
+        "embedding_norm.weight": "enorm.weight",
+        "state_norm.weight": "hnorm.weight",
+        "projection.weight": "eh_proj.weight",
+        "norm.weight": "shared_head.norm.weight",
+    }
+)
 MTP_COPIES = (
     Rule("embed.weight", "model.layers.{mtp}.embed_tokens.weight"),
     Rule("head.weight", "model.layers.{mtp}.shared_head.head.weight"),
 )
 
-IGNORED = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)  # recomputed from the config
 
-V2 = Family(deepseek_v2, RULES, MTP_COPIES, IGNORED)
-V3 = Family(deepseek_v3, RULES, MTP_COPIES, IGNORED)
+def with_mtp(block: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The decoder and its MTP modules, which are published as the layers behind the last one."""
+    block = tuple(block)
+    theirs = "model.layers.{layer}."
+    return (
+        *llama.decoder(block),
+        *(rule.under("mtp.{layer}.", theirs) for rule in MTP),
+        *(rule.under("mtp.{layer}.block.", theirs) for rule in block),
+    )

@@ -1,0 +1,76 @@
+"""Hunyuan-A13B: q/k norms after rope, rope's base stretched once and for all, a shared expert."""
+
+from dataclasses import replace
+
+from modeling import LayerConfig, ModelConfig, RopeConfig
+from moe import ConfigError, MoEConfig
+
+from ..config_file import Fields
+from ..mapping import Family, Rule
+from . import llama
+
+
+def read_config(fields: Fields) -> ModelConfig:
+    for key, value in {"use_qk_norm": True, "use_cla": False, "use_mla": False}.items():
+        fields.flag_is(key, value)
+    width = fields.integer("head_dim", "attention_head_dim", default=llama.head_width(fields))
+    attention = llama.grouped_query(
+        fields,
+        rope_config(fields, width),
+        qk_norm=llama.qk_norm(fields, after_rope=True),
+        **llama.biases(fields),
+    )
+    attention = replace(attention, head_width=width)
+    layers = [LayerConfig(attention=attention, feed_forward=moe) for moe in experts(fields)]
+    return llama.model_config(fields, layers)
+
+
+def experts(fields: Fields) -> list[MoEConfig]:
+    """The numbers of a layer's experts may be one for all layers, or a list."""
+    count = llama.num_layers(fields)
+    # transformers gives this width to all experts; the release says the same in both places
+    width = fields.integer("intermediate_size")
+    if fields.per_layer(count, "num_shared_expert", default=1) != [1] * count:
+        raise ConfigError("num_shared_expert: expected one in every layer")
+    return [
+        MoEConfig(
+            scoring="softmax",
+            num_experts=num_experts,
+            top_k=top_k,
+            expert_width=expert_width,
+            normalize=True,
+            shared_width=width,
+        )
+        for num_experts, top_k, expert_width in zip(
+            fields.per_layer(count, "num_experts", "num_local_experts"),
+            fields.per_layer(count, "moe_topk", "num_experts_per_tok"),
+            fields.per_layer(count, "moe_intermediate_size", default=width),
+            strict=True,
+        )
+    ]
+
+
+def rope_config(fields: Fields, width: int) -> RopeConfig:
+    """Rope of kind "dynamic" with an `alpha`, which is constant: theta * alpha^(d / (d - 2))."""
+    section = llama.rope_section(fields)
+    if section is None or section.raw.get("rope_type", section.raw.get("type")) != "dynamic":
+        return llama.rope_config(fields, width)
+    theta = section.number("rope_theta", default=fields.number("rope_theta", default=10000.0))
+    alpha = section.number("alpha", above=0.0)
+    # the release carries YaRN's keys too, at values that change nothing
+    section.number("factor", default=1.0)
+    return RopeConfig(width=width, theta=theta * alpha ** (width / (width - 2)))
+
+
+ATTENTION = (
+    Rule("attention.q_norm.weight", "self_attn.query_layernorm.weight"),
+    Rule("attention.k_norm.weight", "self_attn.key_layernorm.weight"),
+    *llama.ATTENTION,
+)
+SPARSE = (
+    Rule("feed_forward.router.weight", "mlp.gate.wg.weight"),
+    *llama.experts(),
+    *llama.gated("feed_forward.shared.", "mlp.shared_mlp."),
+)
+
+FAMILY = Family(read_config, llama.decoder((*llama.NORMS, *ATTENTION, *SPARSE)))

@@ -1,0 +1,53 @@
+"""HY3: q/k norms per head before rope, biased sigmoid routing, a dense layer first, MTP."""
+
+from modeling import ModelConfig
+from moe import MoEConfig
+
+from ..config_file import Fields
+from ..mapping import Family, Rule
+from . import llama
+from .deepseek import MTP_COPIES, dense_and_sparse, num_mtp, with_mtp
+
+
+def read_config(fields: Fields) -> ModelConfig:
+    """enable_moe_fp32_combine changes the rounding of bfloat16 alone, and is not read."""
+    fields.flag_is("mlp_bias", False)
+    fields.has("enable_moe_fp32_combine")
+    attention = llama.grouped_query(
+        fields,
+        llama.rope_config(fields, llama.head_width(fields), theta=11158840.0),
+        qk_norm=llama.qk_norm(fields),
+        **llama.biases(fields),
+    )
+    expert_width = fields.integer("moe_intermediate_size")
+    moe = MoEConfig(
+        scoring="sigmoid",
+        selection_bias=True,
+        num_experts=fields.integer("num_experts", "num_local_experts"),
+        top_k=fields.integer("num_experts_per_tok"),
+        expert_width=expert_width,
+        normalize=True,
+        normalize_epsilon=1e-20,
+        scale=fields.number("router_scaling_factor"),
+        shared_width=expert_width * fields.integer("num_shared_experts"),
+    )
+    count = llama.num_layers(fields)
+    num_dense = fields.integer("first_k_dense_replace", default=1, at_least=0, at_most=count)
+    default = ["dense"] * num_dense + ["sparse"] * (count - num_dense)
+    kinds = fields.layer_kinds("mlp_layer_types", ["dense", "sparse"], default)
+    return dense_and_sparse(fields, attention, moe, kinds, num_mtp(fields))
+
+
+SPARSE = (
+    Rule("feed_forward.router.weight", "mlp.router.gate.weight"),
+    Rule("feed_forward.router.selection_bias", "mlp.expert_bias"),
+    *llama.experts(),
+    *llama.gated("feed_forward.shared.", "mlp.shared_mlp."),
+    # as transformers holds it, met in re-saved files
+    *llama.ROUTER,
+    Rule("feed_forward.router.selection_bias", "mlp.e_score_correction_bias"),
+    *llama.gated("feed_forward.shared.", "mlp.shared_experts."),
+)
+BLOCK = (*llama.NORMS, *llama.ATTENTION, *llama.DENSE, *SPARSE)
+
+FAMILY = Family(read_config, with_mtp(BLOCK), MTP_COPIES)

@@ -1,0 +1,38 @@
+"""Kimi-K2.5 and K2.6: the text model of a multimodal file, which is a Kimi-K2.
+
+The text's config stands under `text_config`; its tensors have a prefix; those of the vision tower
+and its projector are left alone.
+"""
+
+from dataclasses import replace
+
+from modeling import ModelConfig
+from moe import ConfigError
+
+from ..config_file import Fields
+from ..mapping import Family
+from . import llama
+from .deepseek import BLOCK
+from .deepseek_v3 import read_config as read_text_config
+
+VISION = ("vision_tower.*", "mm_projector.*", "multi_modal_projector.*")
+
+
+def read_config(fields: Fields) -> ModelConfig:
+    text = fields.section("text_config")
+    if text is None:
+        raise ConfigError("text_config is missing")
+    text.choice("model_type", known=["kimi_k2", "deepseek_v3"])
+    # tie_word_embeddings beside text_config is a default of the multimodal class: the text's own
+    # says what is so, and its files hold a head
+    fields.has("tie_word_embeddings", "vision_config")
+    config = read_text_config(text)
+    if config.mtp:
+        raise ConfigError(f"text_config announces {len(config.mtp)} MTP modules: none are known")
+    return replace(config, published=dict(fields.raw))
+
+
+PREFIX = "language_model."
+RULES = llama.decoder(BLOCK, model=PREFIX + "model.", head=PREFIX)
+
+FAMILY = Family(read_config, RULES, ignored=(*VISION, PREFIX + llama.INV_FREQ))

@@ -1,0 +1,37 @@
+"""Qwen3-MoE: q/k norms per head, a width of heads of its own, no shared expert."""
+
+from modeling import LayerConfig, ModelConfig
+from moe import MoEConfig
+
+from ..config_file import Fields
+from ..mapping import Family
+from . import llama
+from .qwen2_moe import all_windows, sparse_steps
+
+
+def read_config(fields: Fields) -> ModelConfig:
+    rope = llama.rope_config(fields, llama.head_width(fields))
+    attention = llama.grouped_query(
+        fields, rope, qk_norm=llama.qk_norm(fields), **llama.biases(fields)
+    )
+    moe = MoEConfig(
+        scoring="softmax",
+        router_precision="weights",
+        num_experts=fields.integer("num_experts", "num_local_experts"),
+        top_k=fields.integer("num_experts_per_tok"),
+        expert_width=fields.integer("moe_intermediate_size"),
+        # no default: transformers' is false and every release says true
+        normalize=fields.flag("norm_topk_prob"),
+    )
+    attention = all_windows(attention, fields)
+    layers = [
+        LayerConfig(attention=attention, feed_forward=feed_forward)
+        for feed_forward in sparse_steps(fields, moe)
+    ]
+    return llama.model_config(fields, layers)
+
+
+SPARSE = (*llama.ROUTER, *llama.experts())
+RULES = llama.decoder((*llama.NORMS, *llama.ATTENTION, *llama.DENSE, *SPARSE))
+
+FAMILY = Family(read_config, RULES)
