@@ -1,20 +1,27 @@
 """Public checkpoints in and out. All knowledge of files, names and families is in here."""
 
 from .config_file import CheckpointError
-from .load import load_model, read_config, unread_keys
+from .contents import stored_weights
+from .convert import convert
+from .load import load_model
+from .published_config import read_config, unread_keys
 from .save import save_model
 from .shards import StoredTensor, stored_tensors
 from .tokenizer import TextStream, Tokenizer, load_tokenizer
+from .verify import verify
 
 __all__ = [
     "CheckpointError",
     "StoredTensor",
     "TextStream",
     "Tokenizer",
+    "convert",
     "load_model",
     "load_tokenizer",
     "read_config",
     "save_model",
     "stored_tensors",
+    "stored_weights",
     "unread_keys",
+    "verify",
 ]

@@ -1,62 +1,86 @@
-"""A Transformer -> the published layout of its family: config.json, safetensors, an index.
+"""A Transformer -> the published layout of its family: config.json, safetensors, an index."""
 
-Everything is written into a directory beside the final one, which then takes its name: there is
-either nothing or a whole checkpoint.
-"""
-
-import json
-import os
-import shutil
-from collections.abc import Iterator
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+import torch
 
 from modeling import Transformer
 from moe import ConfigError
 
 from .config_file import CheckpointError, Fields
-from .load import copied_entries, family_of, num_blocks, own_state
+from .contents import copied_entries, num_blocks, own_state
 from .mapping import Entry, correspondences
-from .shards import INDEX, SINGLE
+from .published_config import family_of
+from .writing import FP8, FP8_CONFIG, Planned, write_checkpoint
 
 
-def save_model(model: Transformer, path: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
+def save_model(
+    model: Transformer,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
     """Write the model, MTP modules included, as its family publishes it.
 
-    The family and every field that the model does not need are those of `config.published`.
-    Raises CheckpointError if `path` exists and is not empty, or if `config.published` does not
-    describe this model.
+    dtype: None keeps that of the weights; torch.float8_e4m3fn stores every matrix inside the
+    blocks (not routers, embedding and head) in FP8 with a scale per block of 128 x 128. A selection
+    bias keeps its own. The family and every field that the model does not need are those of
+    `config.published`. Raises CheckpointError if `path` exists and is not empty, or if
+    `config.published` does not describe this model.
     """
-    directory = Path(path).resolve()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise CheckpointError(f"{directory}: exists already; remove it or choose another path")
-    config_json = published_config(model)
+    config_json = published_config(model, dtype)
     state = own_state(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    family = family_of(model.config, directory)
+    family = family_of(model.config, path)
     entries = correspondences(family.rules, shapes, num_blocks(model.config))
     entries += copied_entries(family, model.config, shapes)
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        (partial / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
-        write_shards(entries, state, partial, max_shard_bytes)
-        for file in partial.iterdir():
-            shutil.copymode(partial / "config.json", file)  # safetensors makes them private
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+    def planned(entry: Entry) -> Planned:
+        ours, own = entry.ours[0], state[entry.ours[0]].dtype
+        kept = stored_dtype(ours, entry.published, entry.shape, own, dtype)
+        return Planned(entry.published, entry.shape, kept, lambda: entry.take(state))
+
+    tensors = [planned(entry) for entry in entries]
+    write_checkpoint(Path(path).resolve(), config_json, tensors, max_shard_bytes)
 
 
-def published_config(model: Transformer) -> dict[str, Any]:
-    """config.json: what the model was read from, with the dtype that it has now."""
+MATRICES = re.compile(  # of ours: what FP8 checkpoints store in blocks
+    r".*\.(attention\.(q|k|v|o|q\.compress|q\.expand|kv_compress|kv_expand)\.weight"
+    r"|feed_forward\.(shared\.)?(gate|up|down)\.weight"
+    r"|experts\.(gate|up|down))"
+)
+
+
+def stored_dtype(
+    ours: str | None,
+    published: str,
+    shape: tuple[int, ...],
+    own: torch.dtype,
+    wanted: torch.dtype | None,
+) -> torch.dtype:
+    """The dtype that a tensor is written in: `wanted`, where that makes sense for it.
+
+    ours: our name of it, None for a tensor that is no part of the model.
+    """
+    if wanted is None or (ours or "").endswith("selection_bias") or not own.is_floating_point:
+        return own
+    if wanted != FP8:
+        return wanted
+    if ours is None or not MATRICES.fullmatch(ours):
+        return own
+    if len(shape) != 2:
+        raise CheckpointError(
+            f"{published} holds the matrices of all experts of a layer in one tensor: FP8 blocks "
+            "are defined for one matrix; choose another dtype"
+        )
+    return FP8
+
+
+def published_config(model: Transformer, dtype: torch.dtype | None) -> dict[str, Any]:
+    """config.json: what the model was read from, with the dtype that it is written in."""
     family = family_of(model.config, "save_model")
     try:
         described = family.read_config(Fields(model.config.published))
@@ -64,42 +88,19 @@ def published_config(model: Transformer) -> dict[str, Any]:
         raise CheckpointError(f"the model's config.published: {error}") from None
     if described != model.config:
         raise CheckpointError("config.published does not describe this model: make them agree")
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-    known = [key for key in ("dtype", "torch_dtype") if key in model.config.published]
-    return {**model.config.published, **dict.fromkeys(known or ["torch_dtype"], dtype)}
+    return with_dtype(model.config.published, model.embed.weight.dtype, dtype)
 
 
-def write_shards(
-    entries: list[Entry], state: dict[str, Tensor], directory: Path, max_shard_bytes: int
-) -> None:
-    """One file if everything fits, else numbered shards and the index that lists them."""
-    shards = list(grouped(entries, state, max_shard_bytes))
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [SINGLE]
-    weight_map: dict[str, str] = {}
-    total = 0
-    for name, shard in zip(names, shards, strict=True):
-        tensors = {entry.published: entry.take(state) for entry in shard}
-        save_file(tensors, directory / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def grouped(
-    entries: list[Entry], state: dict[str, Tensor], max_shard_bytes: int
-) -> Iterator[list[Entry]]:
-    """Consecutive entries that fit into one shard; an entry larger than that stands alone."""
-    shard: list[Entry] = []
-    size = 0
-    for entry in entries:
-        nbytes = sum(part.nbytes for part in entry.parts(state))
-        if shard and size + nbytes > max_shard_bytes:
-            yield shard
-            shard, size = [], 0
-        shard.append(entry)
-        size += nbytes
-    yield shard
+def with_dtype(
+    published: Mapping[str, Any], own: torch.dtype, wanted: torch.dtype | None
+) -> dict[str, Any]:
+    """A config.json that says how the weights are stored now: dtype, quantisation."""
+    changed = {key: value for key, value in published.items() if key != "quantization_config"}
+    plain = own if wanted in (None, FP8) else wanted
+    known = [key for key in ("dtype", "torch_dtype") if key in published]
+    changed |= dict.fromkeys(known or ["torch_dtype"], str(plain).removeprefix("torch."))
+    if isinstance(text := published.get("text_config"), dict):
+        changed["text_config"] = with_dtype(text, own, None if wanted == FP8 else wanted)
+    if wanted == FP8:
+        changed["quantization_config"] = FP8_CONFIG
+    return changed

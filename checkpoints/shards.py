@@ -5,7 +5,7 @@ executed, nothing outside the directory is opened, and nothing is read before it
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from .config_file import CheckpointError, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAPPED_AT_ONCE = 128 * 2**20  # bytes
 READABLE = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,35 +42,71 @@ class StoredTensor:
 
 
 class Shards:
-    """All tensors of a checkpoint by their published name."""
+    """All tensors of a checkpoint by their published name, and what is wrong with its files."""
 
-    def __init__(self, tensors: dict[str, StoredTensor], handles: dict[Path, Any]) -> None:
-        self.tensors, self._handles = tensors, handles
+    def __init__(self, tensors: dict[str, StoredTensor], problems: list[str]) -> None:
+        self.tensors, self.problems = tensors, problems
+        self._handles: dict[Path, Any] = {}
+        self._mapped = 0
 
     def read(self, name: str) -> Tensor:
         """The tensor itself, on the CPU."""
-        return self._handles[self.tensors[name].file].get_tensor(name)
+        stored = self.tensors[name]
+        # the pages of a mapped file count as this process's memory until the file is closed
+        if self._mapped + stored.nbytes > MAPPED_AT_ONCE:
+            self.close()
+        if stored.file not in self._handles:
+            self._handles[stored.file] = open_shard(stored.file)
+        self._mapped += stored.nbytes
+        return self._handles[stored.file].get_tensor(name)
+
+    def close(self) -> None:
+        self._handles.clear()
+        self._mapped = 0
 
 
 @contextmanager
 def open_shards(directory: Path) -> Iterator[Shards]:
-    """Open every weight file of a checkpoint directory for the length of a `with` block."""
-    files, listed = weight_files(directory)
-    with ExitStack() as stack:
-        handles = {file: stack.enter_context(open_shard(file)) for file in files}
-        tensors: dict[str, StoredTensor] = {}
-        for file, handle in handles.items():
-            for name in handle.keys():  # noqa: SIM118 (a safetensors handle, no dict)
-                if name in tensors:
-                    other = tensors[name].file.name
-                    raise CheckpointError(f"{file}: {name} is in {other} too; keep one of them")
-                header = handle.get_slice(name)
-                shape = tuple(header.get_shape())
-                tensors[name] = StoredTensor(file, header.get_dtype(), shape)
-        for name, file_name in listed.items():
-            if name not in tensors or tensors[name].file.name != file_name:
-                raise CheckpointError(f"{directory / INDEX}: {name} is not in {file_name}")
-        yield Shards(tensors, handles)
+    """Every weight file of a sound checkpoint directory, for the length of a `with` block."""
+    with survey_shards(directory) as shards:
+        raise_any(shards.problems)
+        yield shards
+
+
+@contextmanager
+def survey_shards(directory: Path) -> Iterator[Shards]:
+    """The same of one that may be damaged: what can be opened, and `problems`."""
+    files, listed, problems = weight_files(directory)
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        try:
+            handle = open_shard(file)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for name in handle.keys():  # noqa: SIM118 (a safetensors handle, no dict)
+            header = handle.get_slice(name)
+            found = StoredTensor(file, header.get_dtype(), tuple(header.get_shape()))
+            if name in tensors:
+                other = tensors[name].file.name
+                problems.append(f"{file}: {name} is in {other} too; keep one of them")
+            tensors[name] = found
+    if not problems:  # else most of them for a reason that was told
+        problems += misplaced(listed, tensors, directory / INDEX)
+    shards = Shards(tensors, problems)
+    try:
+        yield shards
+    finally:
+        shards.close()
+
+
+def misplaced(listed: dict[str, str], tensors: dict[str, StoredTensor], index: Path) -> list[str]:
+    """What an index says is in a file and is not."""
+    return [
+        f"{index}: {name} is not in {file}"
+        for name, file in listed.items()
+        if name not in tensors or tensors[name].file.name != file
+    ]
 
 
 def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
@@ -78,39 +115,59 @@ def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
         return shards.tensors
 
 
-def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files that hold the weights, and what the index (if there is one) says is where."""
-    single, index = directory / SINGLE, directory / INDEX
+def raise_any(problems: list[str]) -> None:
+    """One error for all problems."""
+    if problems:
+        raise CheckpointError(some(problems, limit=3, separator="; "))
+
+
+def weight_files(directory: Path) -> tuple[list[Path], dict[str, str], list[str]]:
+    """The files with weights, what the index (if there is one) says is where, and problems."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: not a directory")
+    single, index = directory / SINGLE, directory / INDEX
     if single.exists() and index.exists():
-        raise CheckpointError(f"{directory}: has both {SINGLE} and {INDEX}; remove the stale one")
+        both = f"{directory}: has both {SINGLE} and {INDEX}; remove the stale one"
+        return [single], {}, [both]
     if index.exists():
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
-            raise CheckpointError(f"{index}: has no weight_map of tensor names to file names")
+        try:
+            listed = read_index(index)
+        except CheckpointError as error:
+            return [], {}, [str(error)]
         names = sorted(set(listed.values()))
-        for name in names:
-            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{index}: {name!r} is not a plain .safetensors file name")
         missing = [name for name in names if not (directory / name).exists()]
-        if missing:
-            raise CheckpointError(
-                f"{directory}: {len(missing)} of {len(names)} weight files are missing: "
-                + some(missing)
-            )
-        return [directory / name for name in names], listed
+        told = f"{directory}: {len(missing)} of {len(names)} weight files are missing: "
+        files = [directory / name for name in names if name not in missing]
+        return files, listed, [told + some(missing)] if missing else []
     if single.exists() or single.is_symlink():
-        return [single], {}
+        return [single], {}, []
+    return [], {}, [f"{directory}: {no_weights(directory)}"]
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """weight_map: tensor name -> file name; none that leads out of the directory."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
+        raise CheckpointError(f"{index}: has no weight_map of tensor names to file names")
+    for name in sorted(set(listed.values())):
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: {name!r} is not a plain .safetensors file name")
+    return listed
+
+
+def no_weights(directory: Path) -> str:
+    """Why a directory has neither a weight file nor an index."""
     present = sorted(file.name for file in directory.iterdir())
     if any(name.endswith(".safetensors") for name in present):
-        raise CheckpointError(f"{directory}: weight files without {INDEX}: an unfinished copy")
+        return f"weight files without {INDEX}: an unfinished copy"
     if any(name.endswith((".bin", ".pt", ".pth")) for name in present):
-        raise CheckpointError(
-            f"{directory}: holds pickled weights only, which can run code when opened; "
+        return (
+            "holds pickled weights only, which can run code when opened; "
             "convert them to safetensors"
         )
-    raise CheckpointError(f"{directory}: no {SINGLE} or {INDEX}; found {some(present)}")
+    if any(name.endswith(".gguf") for name in present):
+        return "holds a GGUF file; the safetensors files of the same model are needed"
+    return f"no {SINGLE} or {INDEX}; found {some(present)}"
 
 
 def open_shard(file: Path) -> Any:
@@ -134,7 +191,7 @@ def open_shard(file: Path) -> Any:
         raise CheckpointError(f"{file}: {error.strerror or error}") from None
 
 
-def some(names: list[str], limit: int = 5) -> str:
+def some(names: list[str], limit: int = 5, separator: str = ", ") -> str:
     """The first few of a list of names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "nothing"
+    return separator.join(names[:limit]) + more if names else "nothing"

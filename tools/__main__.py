@@ -10,11 +10,13 @@ import sys
 import warnings
 from typing import NoReturn
 
-from . import describe, generate, make_tiny, train
+from . import convert, describe, generate, make_tiny, train, verify
 
 COMMANDS = {
     "generate": generate,
     "describe": describe,
+    "verify": verify,
+    "convert": convert,
     "make-tiny": make_tiny,
     "train": train,
 }

@@ -1,4 +1,4 @@
-"""describe: what a checkpoint is: layers, parameters, tensors; reads no weights."""
+"""describe: what a checkpoint is: layers, parameters, formats, sizes; reads no weights."""
 
 import argparse
 import json
@@ -9,7 +9,14 @@ from typing import Any, assert_never
 
 import torch
 
-from checkpoints import read_config, stored_tensors, unread_keys
+from checkpoints import (
+    CheckpointError,
+    load_tokenizer,
+    read_config,
+    stored_tensors,
+    stored_weights,
+    unread_keys,
+)
 from modeling import DenseConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig, Transformer
 from moe import MoEConfig
 
@@ -41,7 +48,8 @@ def description(path: Path) -> dict[str, Any]:
         model = Transformer(config).to(torch.bfloat16)
     counted = count_parameters(model)
     stored = stored_tensors(path) if path.is_dir() else {}
-    kinds = Counter(tensor.dtype for tensor in stored.values())
+    kinds = Counter(weight.stored_as for weight in stored_weights(path)) if stored else Counter()
+    growing, windows = cache_bytes(model)
     return {
         "family": config.published["model_type"],
         "vocabulary": config.vocab_size,
@@ -51,11 +59,14 @@ def description(path: Path) -> dict[str, Any]:
         "of them used per token": counted["active"],
         "used, without the input embedding": counted["active_without_embedding"],
         "parameters of the MTP modules": counted["mtp"],
-        "cache bytes per token (bfloat16)": model.make_cache(1, 1).nbytes,
+        "bytes in memory (bfloat16)": 2 * (counted["total"] + counted["mtp"]),
+        "cache bytes per token (bfloat16)": growing,
+        "cache bytes of all windows": windows,
         "with plain multi-head attention": plain_cache_bytes(config, torch.bfloat16.itemsize),
         "stored tensors": len(stored),
         "bytes on disk": sum(tensor.nbytes for tensor in stored.values()),
-        "stored as": ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+        "weights stored as": ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+        "tokenizer": tokenizer_words(path),
         "config keys not used": ", ".join(unread_keys(path)),
         "layers": layer_runs(config),
         "tensors": {name: [tensor.dtype, *tensor.shape] for name, tensor in stored.items()},
@@ -78,11 +89,33 @@ def count_parameters(model: Transformer) -> dict[str, int]:
     }
 
 
+def cache_bytes(model: Transformer) -> tuple[int, int]:
+    """What a cached token adds in layers without a window, and what all the windows take."""
+    growing = windows = 0
+    of_one_token, full = model.make_cache(1, 1), model.make_cache(1, model.config.max_length)
+    for i, layer in enumerate(model.config.layers):
+        match layer.attention:
+            case GQAConfig(window=int()):
+                windows += full.layers[i].nbytes
+            case _:
+                growing += of_one_token.layers[i].nbytes
+    return growing, windows
+
+
+def tokenizer_words(path: Path) -> str:
+    try:
+        tokenizer = load_tokenizer(path)
+    except CheckpointError as error:
+        return f"none that can be read ({error})"
+    return f"{tokenizer.vocab_size} ids"
+
+
 def idle_parameters(layer: LayerConfig, d_model: int) -> int:
     """Of the experts that a token does not use."""
     match layer.feed_forward:
         case MoEConfig() as moe:
-            return (moe.num_experts - moe.top_k) * 3 * d_model * moe.expert_width
+            biases = (2 * moe.expert_width + d_model) * moe.expert_biases
+            return (moe.num_experts - moe.top_k) * (3 * d_model * moe.expert_width + biases)
         case _:
             return 0
 
@@ -124,7 +157,16 @@ def attention_words(layer: LayerConfig) -> str:
                 f"values of {mla.value_width}, {queries}keys and values from rank {mla.kv_rank}"
             )
         case GQAConfig() as gqa:
-            return f"GQA: {gqa.num_heads} heads of {gqa.head_width} over {gqa.kv_heads}"
+            rotated = gqa.rope.width
+            details = {
+                f"{rotated} of them rotated": rotated < gqa.head_width,
+                f"a window of {gqa.window}": gqa.window,
+                "sinks": gqa.sinks,
+                "q/k norms": gqa.qk_norm,
+            }
+            there = [f", {words}" for words, holds in details.items() if holds]
+            heads = f"GQA: {gqa.num_heads} heads of {gqa.head_width} over {gqa.kv_heads}"
+            return heads + "".join(there)
         case other:
             assert_never(other)
 
@@ -137,7 +179,8 @@ def feed_forward_words(layer: LayerConfig) -> str:
             grouped = (
                 f", {moe.groups_kept} of {moe.num_groups} groups" if moe.num_groups > 1 else ""
             )
-            shared = f", shared expert of {moe.shared_width}" if moe.shared_width else ""
+            gated = "gated " if moe.shared_gate else ""
+            shared = f", {gated}shared expert of {moe.shared_width}" if moe.shared_width else ""
             return (
                 f"{moe.top_k} of {moe.num_experts} experts of {moe.expert_width} "
                 f"by {moe.scoring}{grouped}{shared}"

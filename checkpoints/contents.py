@@ -1,0 +1,181 @@
+"""What a checkpoint's files hold, compared with what its config says they should.
+
+Reads headers only. Loading, converting and checking all start from here: loading raises if there is
+any error, checking tells all of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modeling import ModelConfig, Transformer
+
+from .mapping import Entry, Family, Shape, correspondences
+from .published_config import family_of, read_config
+from .quantized import Weight, weights_of
+from .shards import Shards, open_shards, raise_any, some
+
+
+@dataclass
+class Contents:
+    """Which tensor of the files goes where in the model."""
+
+    config: ModelConfig  # with the MTP modules that are there and wanted
+    shapes: dict[str, Shape]  # of the model's own tensors
+    weights: dict[str, Weight]  # all that the files hold, by the names they have unquantised
+    entries: list[Entry] = field(default_factory=list)  # what the model is made of
+    copies: list[Entry] = field(default_factory=list)  # what may repeat one of those
+    errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # worth telling, and no obstacle
+
+
+def compare(directory: Path, config: ModelConfig, shards: Shards, mtp: bool = True) -> Contents:
+    """The files of a directory against the config that was read from it.
+
+    mtp: expect the MTP modules; if the files hold none of their tensors, a note says so.
+    """
+    family = family_of(config, directory)
+    weights, errors = weights_of(shards, quantization_in(config))
+    config, skipped, notes = with_mtp_as_stored(config, family, weights, mtp)
+    with torch.device("meta"):
+        model = Transformer(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in own_state(model).items()}
+    contents = Contents(config, shapes, weights, errors=errors, notes=notes)
+    if far_too_large := size_error(shapes, shards, directory):
+        contents.errors.append(far_too_large)
+        return contents
+    contents.entries = correspondences(family.rules, shapes, num_blocks(config), weights)
+    contents.copies = copied_entries(family, config, shapes)
+    contents.copies += tied_head_entries(family, config, shapes)
+    missing, unexpected = name_differences(contents, skipped, family)
+    if errors or shards.problems:  # what is damaged counts as missing
+        missing = []
+    if missing or unexpected:
+        contents.errors.append(
+            f"{directory}: the weights do not fit config.json: "
+            f"{len(missing)} tensors are missing ({some(missing)}), "
+            f"{len(unexpected)} are unexpected ({some(unexpected)})"
+        )
+    contents.errors += shape_errors(contents)
+    return contents
+
+
+def stored_weights(path: str | Path) -> list[Weight]:
+    """How every weight of a checkpoint is stored, from its headers."""
+    directory = Path(path)
+    config = read_config(directory)
+    with open_shards(directory) as shards:
+        weights, errors = weights_of(shards, quantization_in(config))
+        raise_any(errors)
+        return list(weights.values())
+
+
+def quantization_in(config: ModelConfig) -> Mapping:
+    published = config.published
+    text = published.get("text_config") or {}
+    return published.get("quantization_config") or text.get("quantization_config") or {}
+
+
+def num_blocks(config: ModelConfig) -> int:
+    return len(config.layers) + len(config.mtp)
+
+
+def own_state(model: Transformer) -> dict[str, Tensor]:
+    """The model's tensors by our names, a shared one once."""
+    state = dict(model.state_dict())
+    if model.config.tied_embeddings:
+        del state["head.weight"]
+    return state
+
+
+MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
+
+
+def without_mtp(config: ModelConfig) -> ModelConfig:
+    published = {key: 0 if key in MTP_COUNTS else v for key, v in config.published.items()}
+    return replace(config, mtp=(), published=published)
+
+
+def with_mtp_as_stored(
+    config: ModelConfig, family: Family, weights: Mapping[str, Weight], wanted: bool
+) -> tuple[ModelConfig, list[str], list[str]]:
+    """The config with the MTP modules to load, the names of those to leave out, and notes."""
+    if not config.mtp:
+        return config, [], []
+    numbers = range(len(config.layers), num_blocks(config))
+    prefixes = {
+        rule.published.partition("{layer}.")[0] + f"{number}."
+        for rule in family.rules
+        if rule.names[0].startswith("mtp.")
+        for number in numbers
+    }
+    stored = [name for name in weights if name.startswith(tuple(prefixes))]
+    if wanted and stored:
+        return config, [], []
+    announced = f"the config announces {len(config.mtp)} MTP module(s) and the files hold none: "
+    notes = [announced + "loading the model without"] if wanted else []
+    return without_mtp(config), stored, notes
+
+
+def copied_entries(family: Family, config: ModelConfig, shapes: dict[str, Shape]) -> list[Entry]:
+    """Embedding and head as files repeat them in every MTP module."""
+    copies = []
+    for rule in family.copies:
+        ours = "embed.weight" if config.tied_embeddings else rule.names[0]
+        for layer in range(len(config.layers), num_blocks(config)):
+            published = rule.published.replace("{mtp}", str(layer))
+            copies.append(Entry(published, shapes[ours], (ours,)))
+    return copies
+
+
+def tied_head_entries(family: Family, config: ModelConfig, shapes: dict[str, Shape]) -> list[Entry]:
+    """The head that a file may hold although the embedding serves as one."""
+    heads = [rule.published for rule in family.rules if rule.names == ("head.weight",)]
+    tied = heads if config.tied_embeddings else []
+    return [Entry(published, shapes["embed.weight"], ("embed.weight",)) for published in tied]
+
+
+def size_error(shapes: Mapping[str, Shape], shards: Shards, directory: Path) -> str | None:
+    """The config describes vastly more than the files hold: told before every expert is named."""
+    described = sum(prod(shape) for shape in shapes.values())
+    stored = sum(prod(tensor.shape) for tensor in shards.tensors.values())
+    if described <= 1000 * max(stored, 1000):
+        return None
+    return (
+        f"{directory}: config.json describes {described:,} parameters, "
+        f"the weight files hold {stored:,}"
+    )
+
+
+def name_differences(
+    contents: Contents, skipped: Sequence[str], family: Family
+) -> tuple[list[str], list[str]]:
+    """Expected tensors that are not there, and those that are there besides."""
+    needed = {entry.published for entry in contents.entries}
+    stored = contents.weights.keys()
+    missing = sorted(needed - stored)
+    allowed = needed | set(skipped) | {copy.published for copy in contents.copies}
+    unexpected = [
+        name
+        for name in sorted(stored - allowed)
+        if not any(fnmatchcase(name, known) for known in family.ignored)
+    ]
+    return missing, unexpected
+
+
+def shape_errors(contents: Contents) -> list[str]:
+    """Every tensor has the shape that the config gives it."""
+    errors = []
+    for entry in contents.entries + contents.copies:
+        weight = contents.weights.get(entry.published)
+        if weight is not None and weight.shape != entry.shape:
+            errors.append(
+                f"{weight.file}: {entry.published} has shape {list(weight.shape)}, "
+                f"config.json makes it {list(entry.shape)}"
+            )
+    return errors

@@ -1,0 +1,88 @@
+"""config.json of a published checkpoint -> ModelConfig, by the adapter of its family."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from modeling import ModelConfig
+from moe import ConfigError
+
+from .config_file import CheckpointError, Fields, read_json
+from .families import FAMILIES, MECHANISMS, NOT_YET
+from .mapping import Family
+from .quantized import check_method
+from .shards import some
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The description in a checkpoint directory's config.json, or in such a file."""
+    return interpreted(Path(path))[0]
+
+
+def unread_keys(path: str | Path) -> list[str]:
+    """The keys of a config.json that say nothing about the architecture, or nothing we know of."""
+    return interpreted(Path(path))[1].unread()
+
+
+def interpreted(path: Path) -> tuple[ModelConfig, Fields]:
+    """A config.json as its family reads it."""
+    file = config_path(path)
+    fields = Fields(read_json(file))
+    name = str(fields.find(["model_type"], "")[1])
+    if name in NOT_YET:
+        raise CheckpointError(f"{file}: model_type {name} is not supported: {NOT_YET[name]}")
+    if name not in FAMILIES:
+        near = get_close_matches(name, FAMILIES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        known = ", ".join(sorted(FAMILIES))
+        raise CheckpointError(f"{file}: model_type {name!r} is not one of {known}{hint}")
+    try:
+        if quantization := quantization_of(fields):
+            check_method(quantization)
+        config = FAMILIES[name].read_config(fields)
+        refuse_unread_mechanisms(fields, name)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return config, fields
+
+
+def quantization_of(fields: Fields) -> dict[str, Any]:
+    """quantization_config, which multimodal files have inside their text_config; {} without."""
+    for section in (fields, fields.section("text_config")):
+        if section is not None and (found := section.section("quantization_config")):
+            return dict(found.raw)
+    return {}
+
+
+def refuse_unread_mechanisms(fields: Fields, family: str) -> None:
+    """A key that changes the architecture and that the family's adapter did not ask for."""
+    for key in fields.unread():
+        value = fields.raw[key]
+        if key in MECHANISMS and not any(value is o or value == o for o in MECHANISMS[key]):
+            raise ConfigError(
+                f"{key} = {value!r} changes the model in a way {family} does not have"
+            )
+
+
+def config_path(path: Path) -> Path:
+    """Where the config.json of a checkpoint is, or an error that says what is there instead."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory")
+    if path.is_file():
+        return path
+    file = path / "config.json"
+    if not file.is_file():
+        found = some(sorted(entry.name for entry in path.iterdir()))
+        raise CheckpointError(f"{path}: not a model directory: no config.json; found {found}")
+    return file
+
+
+def family_of(config: ModelConfig, where: object) -> Family:
+    """The family that a description was read from."""
+    name = str(config.published.get("model_type", ""))
+    if name not in FAMILIES:
+        raise CheckpointError(
+            f"{where}: the model's config.published names no family (model_type {name!r}); "
+            f"set it to a config.json of {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[name]
