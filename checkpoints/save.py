@@ -20,8 +20,8 @@ from .writing import FP8, FP8_CONFIG, Planned, write_checkpoint
 def save_model(
     model: Transformer,
     path: str | Path,
-    dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the model, MTP modules included, as its family publishes it.
 

@@ -22,6 +22,7 @@ from .config_file import CheckpointError
 from .quantized import grid, quantize_blocks
 from .shards import INDEX, SINGLE
 
+ALIGNED = 16  # bytes: no dtype is wider
 BLOCK = (128, 128)
 FP8 = torch.float8_e4m3fn
 FP8_CONFIG = {
@@ -107,21 +108,43 @@ def write_shards(
         names = [SINGLE]
     weight_map: dict[str, str] = {}
     total = 0
+    arena = torch.empty(max(map(room_for, shards)), dtype=torch.uint8)
     with tqdm(
         total=len(planned), desc="writing", unit="tensor", disable=None if progress else True
     ) as bar:
         for name, shard in zip(names, shards, strict=True):
             tensors: dict[str, Tensor] = {}
+            end = 0
             for tensor in shard:
-                tensors |= tensor.tensors()
+                copies, end = placed(tensor.tensors(), arena, end)
+                tensors |= copies
                 bar.update()
             save_file(tensors, directory / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
             total += sum(tensor.nbytes for tensor in tensors.values())
-            del tensors
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+# A shard's tensors stand in one block of memory, used for every shard: many small ones, freed in
+# between larger intermediate results, would leave gaps as large as themselves.
+
+
+def room_for(shard: Sequence[Planned]) -> int:
+    return sum(tensor.nbytes + 2 * ALIGNED for tensor in shard)
+
+
+def placed(
+    tensors: Mapping[str, Tensor], arena: Tensor, start: int
+) -> tuple[dict[str, Tensor], int]:
+    """Copies of the tensors, one after the other in the arena, and where the next may begin."""
+    copies = {}
+    for name, tensor in tensors.items():
+        place = arena[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copies[name] = place.copy_(tensor)
+        start += -(-tensor.nbytes // ALIGNED) * ALIGNED
+    return copies, start
 
 
 def grouped(planned: Sequence[Planned], max_shard_bytes: int) -> Iterator[list[Planned]]:

@@ -374,7 +374,7 @@ def test_describe_counts_what_is_there(pristine, command):
     assert facts["with plain multi-head attention"] == 3 * 4 * (12 + 8 + 16) * 2
     assert facts["stored tensors"] == len(tensors)
     assert facts["bytes on disk"] == sum(tensor.nbytes for tensor in tensors.values())
-    assert facts["stored as"] == f"{len(tensors)} F32"
+    assert facts["weights stored as"] == f"{len(tensors)} F32"
     assert "architectures" in facts["config keys not used"]
     assert "model_type" not in facts["config keys not used"]
     assert list(facts["layers"]) == ["layer 0", "layers 1 to 2", "mtp 3"]

@@ -9,7 +9,7 @@ from files import REMOVED, edit_json, shards_of, tensors_of
 from published import relative_difference, reload
 from tiny import mla, model_config
 
-import checkpoints.save
+import checkpoints.writing
 from checkpoints import CheckpointError, load_model, read_config, save_model
 from modeling import Transformer
 
@@ -91,7 +91,7 @@ def test_an_interruption_leaves_nothing_behind(pristine, tmp_path, monkeypatch, 
         written.append(file)
         file.write_bytes(b"half")
 
-    monkeypatch.setattr(checkpoints.save, "save_file", failing)
+    monkeypatch.setattr(checkpoints.writing, "save_file", failing)
     with pytest.raises(type(error)):
         save_model(load(pristine()), tmp_path / "saved", 100_000)
     assert len(written) == 1
@@ -100,13 +100,13 @@ def test_an_interruption_leaves_nothing_behind(pristine, tmp_path, monkeypatch, 
 
 def test_nothing_stands_at_the_final_place_while_writing(pristine, tmp_path, monkeypatch):
     seen = []
-    write = checkpoints.save.write_shards
+    write = checkpoints.writing.write_shards
 
     def watched(*arguments):
         write(*arguments)
         seen.append((tmp_path / "saved").exists())
 
-    monkeypatch.setattr(checkpoints.save, "write_shards", watched)
+    monkeypatch.setattr(checkpoints.writing, "write_shards", watched)
     save_model(load(pristine()), tmp_path / "saved")
     assert seen == [False]
 
@@ -174,7 +174,7 @@ def test_a_model_without_a_published_config_cannot_be_saved(tmp_path):
 @pytest.mark.parametrize(
     ("published", "said"),
     [
-        ({"model_type": "deepseek_v3"}, "config.published: n_routed_experts.* is missing"),
+        ({"model_type": "deepseek_v3"}, "config.published: num_attention_heads is missing"),
         ({"rope_theta": 123.0}, "config.published does not describe this model"),
         ({"num_hidden_layers": 4}, "config.published does not describe this model"),
     ],

@@ -82,7 +82,7 @@ def rope_config(
     theta = section.number("rope_theta", default=theta)
     kind = section.choice("rope_type", "type", known=["default", "yarn"], default="default")
     plain = RopeConfig(width=width, theta=theta, layout=layout)
-    rope = replace(plain, **yarn(fields, section)) if kind == "yarn" else plain
+    rope = replace(plain, **yarn(section)) if kind == "yarn" else plain
     nested = [key for key, value in section.raw.items() if isinstance(value, dict | list)]
     unknown = section.unread() if kind == "yarn" else nested
     if unknown:
@@ -103,18 +103,15 @@ def rotated_width(fields: Fields, default: float = 1.0) -> int:
     return int(head_width(fields) * factor)
 
 
-def yarn(fields: Fields, section: Fields) -> dict[str, Any]:
+def yarn(section: Fields) -> dict[str, Any]:
     """What a YaRN section makes of a rope."""
     factor = section.number("factor")
     section.number("partial_rotary_factor", default=1.0)
-    longest = fields.integer("max_position_embeddings", at_most=MOST)
     mscale, mscale_all = mscales(section)
     ratio = g(mscale, factor) / g(mscale_all, factor) if mscale and mscale_all else g(1.0, factor)
     stretch = YarnConfig(
         factor=factor,
-        original_length=section.integer(
-            "original_max_position_embeddings", default=longest, at_most=MOST
-        ),
+        original_length=section.integer("original_max_position_embeddings", at_most=MOST),
         beta_fast=section.number("beta_fast", default=32.0),
         beta_slow=section.number("beta_slow", default=1.0),
         truncate=section.flag("truncate", default=True),
