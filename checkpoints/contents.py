@@ -17,8 +17,8 @@ from modeling import ModelConfig, Transformer
 
 from .mapping import Entry, Family, Shape, correspondences
 from .published_config import family_of, read_config
-from .quantized import Weight, weights_of
 from .shards import Shards, open_shards, raise_any, some
+from .weights import Weight, weights_of
 
 
 @dataclass

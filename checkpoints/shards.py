@@ -18,7 +18,7 @@ from torch import Tensor
 from .config_file import CheckpointError, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAPPED_AT_ONCE = 128 * 2**20  # bytes
+MAPPED_AT_ONCE = 64 * 2**20  # bytes
 READABLE = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from checkpoints import CheckpointError, load_model
 from checkpoints.config_file import Fields
-from checkpoints.families import FAMILIES
 from checkpoints.contents import copied_entries, num_blocks, own_state
+from checkpoints.families import FAMILIES
 from checkpoints.mapping import Family, Rule, correspondences
 from modeling import ModelConfig, Transformer
 from tools.make_tiny import CONFIGS
