@@ -40,10 +40,15 @@ SIZES = {
 }
 
 
-@torch.no_grad()
 def random_peer(family: str, seed: int = 0, **changes) -> PreTrainedModel:
+    """A transformers model of the DeepSeek kind: `SIZES` with changes."""
+    return peer_of(family, SIZES | changes, seed)
+
+
+@torch.no_grad()
+def peer_of(family: str, overrides: dict, seed: int = 0) -> PreTrainedModel:
     """A transformers model in float32, eager throughout, with nothing left at its default."""
-    config = AutoConfig.for_model(family, **(SIZES | changes))
+    config = AutoConfig.for_model(family, **overrides)
     config._attn_implementation = config._experts_implementation = "eager"
     peer = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(seed)
