@@ -80,7 +80,7 @@ def attend_with_sinks(
     y_BHTm = F.scaled_dot_product_attention(
         q_BHTp,
         k_BJsp,
-        F.pad(v_BJSM, (0, P - M, 1, 0)),
+        F.pad(v_BJSM, (0, max(0, P - M), 1, 0)),
         attn_mask=F.pad(visible(positions, keys_BS, window), (1, 0), value=True),
         scale=scale,
         enable_gqa=q_BHTP.shape[1] != k_BJSP.shape[1],

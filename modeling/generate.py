@@ -184,11 +184,14 @@ def decode(
         fed = [prompts[row][held[row] :] + drafts[row] for row in rows]
         states_BTD = model.hidden_states(padded(fed, model), cache, [len(row) for row in fed])
         deciding = [
-            states_BTD[row, len(fed[row]) - len(drafts[row]) - 1 : len(fed[row])] for row in rows
+            states_BTD[row, max(0, len(fed[row]) - len(drafts[row]) - 1) : len(fed[row])]
+            for row in rows
         ]
         logits = model.logits(torch.cat(deciding)).split([len(states) for states in deciding])
         new: list[list[int]] = [[] for _ in rows]
         for row in rows:
+            if finished[row]:
+                continue
             for draft, logits_V in zip([*drafts[row], None], logits[row], strict=True):
                 if finished[row]:
                     break
@@ -202,12 +205,15 @@ def decode(
                     break
             count_drafts(statistics, drafts[row], new[row])
             prompts[row] += new[row]
-        # All but the newest token has been through the model; what was fed beyond is forgotten.
-        valid = [len(prompts[row]) - 1 for row in rows]
+        # All but the newest token has been through the model; what was fed beyond is forgotten,
+        # except by rows that are finished: they are fed nothing more.
+        lengths = cache.lengths
+        valid = [lengths[row] if finished[row] else len(prompts[row]) - 1 for row in rows]
         cache.truncate(valid)
         statistics.add_round(sum(map(len, new)), time.perf_counter() - started)
         yield new
-        confirmed = [states_BTD[row, : valid[row] - held[row]] for row in rows]
+        new_states = [0 if finished[row] else valid[row] - held[row] for row in rows]
+        confirmed = [states_BTD[row, : new_states[row]] for row in rows]
         spare = [0 if finished[row] else limits[row] - len(prompts[row]) - 1 for row in rows]
         drafts = drafter.draft(confirmed, prompts, min(draft_tokens, max(spare)))
         drafts = [drafts[row][: spare[row]] for row in rows]

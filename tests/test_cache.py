@@ -4,45 +4,160 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 from tiny import gqa, mla, model_config, random_tokens, rope, softmax_experts, transformer
 
-from modeling import Cache, DenseConfig, LayerCache, LayerConfig, ModelConfig, Transformer
-
-WIDTHS, MAX_LENGTH = [2, 3], 9
-steps = st.lists(
-    st.one_of(st.integers(1, 4), st.lists(st.floats(0, 1), min_size=3, max_size=3)), max_size=8
+from modeling import (
+    Cache,
+    DenseConfig,
+    LayerCache,
+    LayerConfig,
+    ModelConfig,
+    Transformer,
+    WindowCache,
 )
 
+WIDTHS, MAX_LENGTH = [2, 3], 12
+LIKE = torch.zeros(1).double()
+shares = st.lists(st.floats(0, 1), min_size=3, max_size=3)  # one per row
 
-@given(batch=st.integers(1, 3), steps=steps)
-def test_a_layer_cache_holds_what_lists_of_entries_would(batch, steps):
-    """A step appends this many entries to every row, or cuts each row to a share of its length."""
-    cache = LayerCache(batch, MAX_LENGTH, WIDTHS, like=torch.zeros(1).double())
-    lists = [[] for _ in range(batch)]
-    for number, step in enumerate(steps):
-        if isinstance(step, list):
-            lengths = [int(share * len(row)) for share, row in zip(step, lists, strict=False)]
-            cache.truncate(lengths)
-            lists = [row[:length] for row, length in zip(lists, lengths, strict=True)]
-        elif max(map(len, lists)) + step > MAX_LENGTH:
-            with pytest.raises(ValueError, match="max_length"):
-                cache.append(*(torch.zeros(batch, step, width).double() for width in WIDTHS))
+
+class CacheBesideLists(RuleBasedStateMachine):
+    """A cache, with or without a window, and row by row a list of all entries, none forgotten."""
+
+    @initialize(
+        batch=st.integers(1, 3),
+        window=st.sampled_from([None, 1, 2, 3, 4, 5, 99]),
+        rollback=st.integers(0, 3),
+    )
+    def begin(self, batch, window, rollback):
+        self.window, self.rollback, self.round = window, rollback, 0
+        if window is None:
+            self.cache, self.kept = LayerCache(batch, MAX_LENGTH, WIDTHS, LIKE), MAX_LENGTH
         else:
-            shapes = [(batch, step, width) for width in WIDTHS]
-            new = [torch.arange(math.prod(s)).view(s).double() + 100 * number for s in shapes]
-            for row, *entries in zip(lists, *new, strict=True):
-                row.extend(zip(*entries, strict=True))
-            held = cache.append(*new)
-            longest = max(map(len, lists))
-            assert [tuple(h.shape) for h in held] == [(batch, longest, width) for width in WIDTHS]
-            for b, row in enumerate(lists):
-                for part, h in enumerate(held):
-                    expected = torch.stack([entry[part] for entry in row])
-                    assert torch.equal(h[b, : len(row)], expected)
-                    assert h[b].isfinite().all()
-        assert cache.lengths == [len(row) for row in lists]
+            self.cache = WindowCache(batch, MAX_LENGTH, WIDTHS, LIKE, window, rollback)
+            self.kept = min(window - 1 + rollback, MAX_LENGTH)
+        self.lists, self.peaks = [[] for _ in range(batch)], [0] * batch  # peaks: longest so far
+
+    def lengths(self):
+        return [len(row) for row in self.lists]
+
+    @rule(num_new=st.integers(0, 5), shares=st.none() | shares)
+    def append(self, num_new, shares):
+        """The same number to every row, or to each its share, padded with what must not spread."""
+        starts, self.round = self.lengths(), self.round + 1
+        given = None if shares is None else [round(f * num_new) for f in shares[: len(starts)]]
+        counts = given or [num_new] * len(starts)
+        shapes = [(len(starts), num_new, width) for width in WIDTHS]
+        new = [torch.arange(math.prod(s)).view(s).double() + 100 * self.round for s in shapes]
+        for row, count in enumerate(counts):
+            for entries in new:
+                entries[row, count:] = math.nan
+        if max(map(sum, zip(starts, counts, strict=True))) > MAX_LENGTH:
+            with pytest.raises(ValueError, match="max_length"):
+                self.cache.append(*new, counts=given)
+            return
+        for row, count, *entries in zip(self.lists, counts, *new, strict=True):
+            row.extend([*zip(*entries, strict=True)][:count])
+        self.peaks = [*map(max, self.peaks, self.lengths())]
+        shown, keys_BS = self.cache.append(*new, counts=given)
+        assert (keys_BS is None) == (not any(starts))
+        keys_BS = torch.arange(num_new)[None] if keys_BS is None else keys_BS
+        for row, keys in enumerate(keys_BS.expand(len(starts), -1).tolist()):
+            entries = [{key: e[row, s] for s, key in enumerate(keys)} for e in shown]
+            self.check_row(self.lists[row], starts[row], entries)
+
+    def check_row(self, row, start, entries_by_position):
+        """Each new query sees what it should; so will the next one, whose own is yet to come."""
+        for query in range(start, len(row) + 1):
+            first = 0 if self.window is None else max(0, query - self.window + 1)
+            for position in range(first, min(query + 1, len(row))):
+                for entry, entries in zip(row[position], entries_by_position, strict=True):
+                    assert torch.equal(entries[position], entry)
+
+    @rule(shares=shares)
+    def truncate_to(self, shares):
+        self.truncate([int(f * n) for f, n in zip(shares, self.lengths(), strict=False)])
+
+    @rule()
+    def truncate_to_nothing(self):
+        self.truncate([0 for _ in self.lists])
+
+    @rule(cuts=st.lists(st.integers(0, 4), min_size=3, max_size=3))
+    def truncate_by(self, cuts):
+        self.truncate([max(0, n - cut) for n, cut in zip(self.lengths(), cuts, strict=False)])
+
+    def truncate(self, lengths):
+        pairs = [*zip(lengths, self.peaks, strict=True)]
+        refused = [0 < n < peak - self.rollback and peak > self.kept for n, peak in pairs]
+        if any(refused):
+            with pytest.raises(ValueError, match=f"row {refused.index(True)} .* rollback"):
+                self.cache.truncate(lengths)
+            return
+        self.cache.truncate(lengths)
+        self.lists = [row[:n] for row, n in zip(self.lists, lengths, strict=True)]
+        self.peaks = [peak if n else 0 for n, peak in pairs]
+
+    @invariant()
+    def it_has_the_lists_lengths_and_a_windows_size_and_nothing_of_the_padding(self):
+        assert self.cache.lengths == self.lengths()
+        assert self.cache.nbytes == len(self.lists) * self.kept * sum(WIDTHS) * 8
+        assert all(buffer.isfinite().all() for buffer in self.cache.buffers)
+
+
+def test_a_cache_shows_every_query_what_a_list_of_all_entries_would():
+    run_state_machine_as_test(
+        CacheBesideLists, settings=settings(max_examples=100, stateful_step_count=20)
+    )
+
+
+def test_a_window_cut_back_goes_no_further_back_until_a_row_is_empty():
+    """Of nine entries 5 to 8 are kept. The query at 6 needs 5; the one at 5 would need 4, and
+    that one more entry was appended meanwhile does not bring it back."""
+    cache = WindowCache(1, 20, [3], LIKE, window=2, rollback=3)
+    cache.append(torch.ones(1, 9, 3).double())
+    cache.truncate([6])
+    cache.append(torch.ones(1, 1, 3).double())
+    with pytest.raises(ValueError, match="cannot be truncated to 5"):
+        cache.truncate([5])
+    cache.truncate([0])
+    cache.append(torch.ones(1, 3, 3).double())
+    cache.truncate([1])
+    assert cache.lengths == [1]
+
+
+@pytest.mark.parametrize("window", [None, 4, 99])
+def test_padding_beside_a_row_that_fills_the_cache_is_never_written(window):
+    cache = transformer(model_config(gqa(window=window))).make_cache(2, 8).layers[0]
+    cache.append(*torch.zeros(2, 2, 7, 21).double(), counts=[7, 2])
+    cache.append(*torch.ones(2, 2, 4, 21).double(), counts=[1, 4])
+    assert cache.lengths == [8, 6]
+    ones_per_row = [[int(row.sum()) // 21 for row in buffer] for buffer in cache.buffers]
+    assert ones_per_row == [[1, 3 if window == 4 else 4]] * 2  # a window of 4 keeps 3
+
+
+def test_truncating_below_what_any_layer_kept_changes_no_layer():
+    whole = LayerCache(2, 20, [3], LIKE)
+    windows = [WindowCache(2, 20, [3], LIKE, window, rollback=2) for window in (9, 4)]
+    cache = Cache([whole, *windows])
+    for layer in cache.layers:
+        layer.append(torch.ones(2, 9, 3).double())
+    for lengths in (6, [9, 6], [0, 1]):  # the window of 9 has forgotten nothing yet
+        with pytest.raises(ValueError, match=r"row \d cannot be truncated to \d: .* window of 4"):
+            cache.truncate(lengths)
+        assert [layer.lengths for layer in cache.layers] == [[9, 9]] * 3
+    cache.truncate([0, 7])
+    assert [layer.lengths for layer in cache.layers] == [[0, 7]] * 3
+    cache.truncate(0)
+    assert cache.length == 0
 
 
 @pytest.mark.parametrize("lengths", [[6, 6], [2, 6]])
@@ -58,7 +173,7 @@ def test_more_than_max_length_is_refused_with_the_numbers_and_without_a_trace(le
     assert (cache.buffers[0][:, :6] == 1).all()
 
 
-@pytest.mark.parametrize("attention", [mla(), gqa()], ids=["mla", "gqa"])
+@pytest.mark.parametrize("attention", [mla(), gqa(), gqa(window=3)], ids=["mla", "gqa", "windows"])
 def test_a_model_refuses_tokens_beyond_max_length_and_keeps_its_cache_usable(attention):
     model, tokens_BT = transformer(model_config(attention)), random_tokens(2, 6)
     cache = model.make_cache(2, 6)
@@ -110,6 +225,16 @@ def test_nbytes_is_what_the_buffers_take(batch, length):
     buffers = [buffer for layer in cache.layers for buffer in layer.buffers]
     assert cache.nbytes == sum(b.numel() * b.element_size() for b in buffers)
     assert cache.nbytes == 3 * batch * length * 2 * (3 * 7) * 4  # layers, keys and values, float32
+
+
+@given(window=st.integers(1, 9), rollback=st.integers(0, 3))
+def test_the_cache_of_a_window_keeps_one_entry_less_and_the_rollback(window, rollback):
+    model = transformer(model_config(gqa(window=window)), torch.float32)
+    kept = window - 1 + rollback
+    for length in (kept, 1000):
+        if length:
+            cache = model.make_cache(2, length, rollback)
+            assert cache.nbytes == 3 * 2 * kept * 2 * (3 * 7) * 4
 
 
 def published_shape(layers: int, d_model: int, heads: int, query_rank: int | None) -> ModelConfig:

@@ -4,18 +4,27 @@ Shapes: N tokens, D model width, E experts, K experts a token uses, F expert wid
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import plain_activation
 
 import moe.experts
-from moe import Experts, MoEConfig, Routing, experts_grouped, experts_loop
+from moe import Biases, Clamp, Experts, MoEConfig, Routing, experts_grouped, experts_loop
 from moe.experts import grouping_pays, weigh
+from moe.feed_forward import clamped_swiglu, swiglu
 
 quick = settings(deadline=None, max_examples=40)
 TWINS = [experts_loop, experts_grouped]
+CLAMP = Clamp(limit=1.5, alpha=1.7)
+clamps = st.sampled_from([None, CLAMP])
+
+
+def activation(clamp):
+    return swiglu if clamp is None else partial(clamped_swiglu, clamp=clamp)
 
 
 def make_inputs(N, E, K, D=8, F=4, seed=0, dtype=torch.float32):
@@ -30,20 +39,33 @@ def make_inputs(N, E, K, D=8, F=4, seed=0, dtype=torch.float32):
     return normal(N, D), normal(N, K), experts_NK, *stacks
 
 
-def reference_experts(x_ND, weights_NK, experts_NK, gate_EFD, up_EFD, down_EDF):
+def make_biases(biased, gate_EFD, seed=0):
+    """Biases for stacks of these sizes, or none."""
+    E, F, D = gate_EFD.shape
+    generator = torch.Generator().manual_seed(seed + 1)
+    shapes = [(E, F), (E, F), (E, D)] if biased else []
+    return Biases(*(torch.randn(s, generator=generator, dtype=gate_EFD.dtype) for s in shapes))
+
+
+def reference_experts(
+    x_ND, weights_NK, experts_NK, gate_EFD, up_EFD, down_EDF, biases=(None,) * 3, clamp=None
+):
     """y_n = sum_k weight * down(silu(gate x) * up x) on nested lists, one number at a time."""
 
-    def multiply(matrix, vector):
-        return [sum(w * v for w, v in zip(row, vector, strict=True)) for row in matrix]
+    def multiply(matrix, vector, bias):
+        sums = [sum(w * v for w, v in zip(row, vector, strict=True)) for row in matrix]
+        return [total + b for total, b in zip(sums, bias or [0.0] * len(sums), strict=True)]
 
-    lists = [t.tolist() for t in (x_ND, weights_NK, experts_NK, gate_EFD, up_EFD, down_EDF)]
+    tensors = x_ND, weights_NK, experts_NK, gate_EFD, up_EFD, down_EDF
+    x_N, weights_N, experts_N, *stacks = (tensor.tolist() for tensor in tensors)
+    bias_of = [[None] * len(gate_EFD) if bias is None else bias.tolist() for bias in biases]
     y = []
-    for x, weights, experts in zip(*lists[:3], strict=True):
+    for x, weights, experts in zip(x_N, weights_N, experts_N, strict=True):
         total = [0.0] * len(x)
-        for weight, expert in zip(weights, experts, strict=True):
-            gate, up = (multiply(stack[expert], x) for stack in lists[3:5])
-            hidden = [g / (1 + math.exp(-g)) * u for g, u in zip(gate, up, strict=True)]
-            output = multiply(lists[5][expert], hidden)
+        for weight, e in zip(weights, experts, strict=True):
+            gate, up = (multiply(stacks[i][e], x, bias_of[i][e]) for i in (0, 1))
+            hidden = [plain_activation(g, u, clamp) for g, u in zip(gate, up, strict=True)]
+            output = multiply(stacks[2][e], hidden, bias_of[2][e])
             total = [t + weight * o for t, o in zip(total, output, strict=True)]
         y.append(total)
     return torch.tensor(y, dtype=torch.float64).reshape(x_ND.shape)
@@ -57,22 +79,26 @@ def sizes(draw, widths):
     return {"N": N, "E": E, "K": K, "D": D, "F": F, "seed": seed}
 
 
-@given(sizes(widths=[1, 2, 3, 5]))
-@settings(deadline=None, max_examples=25)
-def test_the_loop_computes_the_plain_per_token_sum(size):
-    inputs = make_inputs(**size, dtype=torch.float64)
-    torch.testing.assert_close(experts_loop(*inputs), reference_experts(*inputs))
-
-
-@given(sizes(widths=[4, 8, 12]))
+@given(sizes(widths=[1, 2, 3, 5]), st.booleans(), clamps)
 @quick
-def test_grouped_equals_the_loop_in_values_and_in_every_gradient(size):
+def test_the_loop_computes_the_plain_per_token_sum(size, biased, clamp):
+    inputs = make_inputs(**size, dtype=torch.float64)
+    biases = make_biases(biased, inputs[3], size["seed"])
+    expected_ND = reference_experts(*inputs, biases, clamp)
+    torch.testing.assert_close(experts_loop(*inputs, biases, activation(clamp)), expected_ND)
+
+
+@given(sizes(widths=[4, 8, 12]), st.booleans(), clamps)
+@quick
+def test_grouped_equals_the_loop_in_values_and_in_every_gradient(size, biased, clamp):
     inputs = make_inputs(**size)
-    learned = [tensor.requires_grad_() for i, tensor in enumerate(inputs) if i != 2]
+    biases = make_biases(biased, inputs[3], size["seed"])
+    floats = [tensor for i, tensor in enumerate(inputs) if i != 2]
+    learned = [tensor.requires_grad_() for tensor in (*floats, *biases) if tensor is not None]
     cotangent_ND = torch.randn(size["N"], size["D"])
     results = []
     for run in TWINS:
-        y_ND = run(*inputs)
+        y_ND = run(*inputs, biases, activation(clamp))
         # The loop does not touch the weights of an expert without tokens; grouped gives zeros.
         gradients = torch.autograd.grad(
             y_ND, learned, cotangent_ND, allow_unused=True, materialize_grads=True
@@ -84,11 +110,12 @@ def test_grouped_equals_the_loop_in_values_and_in_every_gradient(size):
 
 @pytest.mark.parametrize("run", TWINS)
 @pytest.mark.parametrize("N", [0, 1, 7])
-def test_both_twins_compute_the_plain_sum_with_experts_that_no_token_chose(run, N):
+@pytest.mark.parametrize("biased", [False, True])
+def test_both_twins_compute_the_plain_sum_with_experts_that_no_token_chose(run, N, biased):
     x_ND, weights_NK, _, *stacks = make_inputs(N, E=6, K=2)
-    experts_NK = torch.tensor([[4, 1]]).expand(N, 2)
-    y_ND = run(x_ND, weights_NK, experts_NK, *stacks)
-    expected_ND = reference_experts(x_ND, weights_NK, experts_NK, *stacks)
+    experts_NK, biases = torch.tensor([[4, 1]]).expand(N, 2), make_biases(biased, stacks[0])
+    y_ND = run(x_ND, weights_NK, experts_NK, *stacks, biases)
+    expected_ND = reference_experts(x_ND, weights_NK, experts_NK, *stacks, biases)
     assert y_ND.shape == (N, 8)
     torch.testing.assert_close(y_ND.double(), expected_ND, rtol=1e-4, atol=1e-4)
 
@@ -96,12 +123,12 @@ def test_both_twins_compute_the_plain_sum_with_experts_that_no_token_chose(run, 
 @pytest.mark.parametrize("run", TWINS)
 def test_an_expert_that_no_token_chose_gets_no_gradient(run):
     inputs = make_inputs(N=3, E=4, K=1)
+    biases = make_biases(True, inputs[3])
     inputs[2][:] = 2
-    for stack_EFD in inputs[3:]:
-        stack_EFD.requires_grad_()
-    run(*inputs).square().sum().backward()
-    for stack_EFD in inputs[3:]:
-        assert [bool(g.any()) for g in stack_EFD.grad] == [False, False, True, False]
+    learned = [tensor.requires_grad_() for tensor in (*inputs[3:], *biases)]
+    run(*inputs, biases).square().sum().backward()
+    for tensor in learned:
+        assert [bool(g.any()) for g in tensor.grad] == [False, False, True, False]
 
 
 @pytest.mark.parametrize("run", TWINS)
@@ -124,14 +151,47 @@ def test_gate_goes_through_silu_and_up_does_not(run):
     torch.testing.assert_close(y_ND, torch.tensor([[5.284782, 0.0, 0.0, 0.0]]))
 
 
-def test_the_loop_has_the_gradients_of_finite_differences():
+@pytest.mark.parametrize("clamp", [None, CLAMP])
+def test_the_loop_has_the_gradients_of_finite_differences(clamp):
     x_ND, weights_NK, experts_NK, *stacks = make_inputs(4, 3, 2, D=2, F=3, dtype=torch.float64)
-    learned = [t.requires_grad_() for t in (x_ND, weights_NK, *stacks)]
+    biases = make_biases(True, stacks[0])
+    learned = [t.requires_grad_() for t in (x_ND, weights_NK, *stacks, *biases)]
 
-    def run(x_ND, weights_NK, *stacks):
-        return experts_loop(x_ND, weights_NK, experts_NK, *stacks)
+    def run(x_ND, weights_NK, gate_EFD, up_EFD, down_EDF, *biases):
+        stacks = gate_EFD, up_EFD, down_EDF
+        return experts_loop(
+            x_ND, weights_NK, experts_NK, *stacks, Biases(*biases), activation(clamp)
+        )
 
     assert torch.autograd.gradcheck(run, learned)
+
+
+@given(
+    gate=st.floats(-30, 30),
+    up=st.floats(-30, 30),
+    limit=st.floats(0.1, 10),
+    alpha=st.floats(0.01, 3),
+)
+def test_the_clamped_activation_is_its_formula(gate, up, limit, alpha):
+    clamp, numbers = Clamp(limit=limit, alpha=alpha), torch.tensor([gate, up]).double()
+    expected = plain_activation(*numbers.tolist(), clamp)
+    assert clamped_swiglu(*numbers, clamp).item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "expected"),
+    [
+        (1.0, 0.5, 1 / (1 + 2**-1) * 1.5),
+        (5.0, 0.5, 2 / (1 + 2**-2) * 1.5),  # gate counts as 2 at most
+        (-8.0, 0.5, -8 / (1 + 2**8) * 1.5),  # and may be as negative as it is
+        (1.0, 9.0, 1 / (1 + 2**-1) * 3),  # up lies between -2
+        (1.0, -9.0, 1 / (1 + 2**-1) * -1),  # and 2
+    ],
+)
+def test_a_limit_of_two_bounds_gate_from_above_and_up_from_both_sides(gate, up, expected):
+    clamp = Clamp(limit=2.0, alpha=math.log(2))  # sigmoid(alpha x) is 1 / (1 + 2^-x)
+    actual = clamped_swiglu(torch.tensor(gate), torch.tensor(up), clamp)
+    assert actual.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_grouped_stays_close_to_the_loop_in_bfloat16_and_returns_bfloat16():
@@ -176,26 +236,39 @@ def test_grouping_pays_where_it_can_run_and_has_several_tokens(pays, because, dt
         assert experts_grouped(x_ND, weights_NK, experts_NK, *stacks).shape == (N, D)
 
 
-def make_experts(dtype=torch.float32):
+def make_experts(dtype=torch.float32, biased=False, clamp=None):
     """(experts, x_ND, routing, what they give) with 5 tokens, 4 experts and 2 chosen."""
     x_ND, weights_NK, experts_NK, *stacks = make_inputs(N=5, E=4, K=2)
-    config = MoEConfig(num_experts=4, top_k=2, expert_width=4, scoring="softmax")
-    experts = Experts(8, config)
+    biases = make_biases(biased, stacks[0])
+    sizes = {"num_experts": 4, "top_k": 2, "expert_width": 4, "scoring": "softmax"}
+    experts = Experts(8, MoEConfig(**sizes, expert_biases=biased, clamp=clamp))
     experts.gate.data, experts.up.data, experts.down.data = stacks
+    if biased:
+        parameters = experts.gate_bias, experts.up_bias, experts.down_bias
+        for parameter, bias in zip(parameters, biases, strict=True):
+            parameter.data = bias
     nothing_NE = torch.zeros(5, 4)
     routing = Routing(weights_NK.to(dtype), experts_NK, nothing_NE, nothing_NE)
-    expected_ND = reference_experts(x_ND, weights_NK, experts_NK, *stacks)
+    expected_ND = reference_experts(x_ND, weights_NK, experts_NK, *stacks, biases, clamp)
     return experts.to(dtype), x_ND.to(dtype), routing, expected_ND
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-6), (torch.float16, 2e-2)]
 )
-def test_experts_compute_the_plain_sum_in_every_dtype(dtype, tolerance):
-    experts, x_ND, routing, expected_ND = make_experts(dtype)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("clamp", [None, CLAMP])
+def test_experts_compute_the_plain_sum_in_every_dtype(dtype, tolerance, biased, clamp):
+    experts, x_ND, routing, expected_ND = make_experts(dtype, biased, clamp)
     y_ND = experts(x_ND, routing)
     assert y_ND.dtype == dtype
     torch.testing.assert_close(y_ND.double(), expected_ND, rtol=tolerance, atol=tolerance)
+
+
+def test_experts_have_biases_only_if_asked():
+    plain, biased = (set(make_experts(biased=b)[0].state_dict()) for b in (False, True))
+    assert plain == {"gate", "up", "down"}
+    assert biased == plain | {"gate_bias", "up_bias", "down_bias"}
 
 
 @pytest.mark.parametrize(

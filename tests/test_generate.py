@@ -4,15 +4,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import gqa, mla, model_config, transformer
+from tiny import gqa, mla, model_config, transformer, windows_and_sinks
 
-from modeling import Transformer, drafting, generate, generate_batch
+from modeling import ModelConfig, Transformer, drafting, generate, generate_batch
 
 prompt_lists = st.lists(st.integers(0, 22), min_size=1, max_size=9)
+CONFIGS = {
+    "mla": lambda mtp: model_config(mla(), mtp),
+    "gqa": lambda mtp: model_config(gqa(), mtp),
+    "windows": lambda mtp: model_config(gqa(window=3), mtp),
+    "windows of one": lambda mtp: model_config(gqa(window=1), mtp),
+    "windows and sinks": windows_and_sinks,
+}
+WINDOWED = [kind for kind in CONFIGS if kind.startswith("windows")]
 MODELS = {
-    (kind, mtp): transformer(model_config(attention(), mtp=mtp))
-    for kind, attention in (("mla", mla), ("gqa", gqa))
-    for mtp in (1, 2, 3)
+    (kind, mtp): transformer(config(mtp)) for kind, config in CONFIGS.items() for mtp in (1, 2, 3)
 }
 SAMPLED = {"temperature": 1.3, "top_k": 15, "top_p": 0.95, "min_p": 0.001, "seed": 4}
 
@@ -26,9 +32,9 @@ def argmax_continuation(model: Transformer, prompt: list[int], count: int) -> li
 
 
 @settings(max_examples=8)
-@given(prompt_lists)
-def test_greedy_is_the_argmax_of_whole_forwards(prompt):
-    model = MODELS["mla", 1]
+@given(st.sampled_from(["mla", "windows and sinks"]), prompt_lists)
+def test_greedy_is_the_argmax_of_whole_forwards(kind, prompt):
+    model = MODELS[kind, 1]
     assert list(generate(model, prompt, 6)) == argmax_continuation(model, prompt, 6)
 
 
@@ -50,9 +56,37 @@ def test_drafts_and_neighbours_change_no_token(which, prompts, draft_tokens, sam
     assert generate_batch(model, prompts, 12, draft_tokens=draft_tokens, **sampling) == plain
 
 
+@pytest.mark.parametrize("kind", WINDOWED)
+@pytest.mark.parametrize("draft_tokens", [0, 1, 2, 3])
+def test_rows_of_very_unequal_lengths_need_no_more_than_the_windows_keep(kind, draft_tokens):
+    model = agreeable(CONFIGS[kind](2))
+    prompts = [[5], list(range(23)), [3, 1, 4, 1, 5, 9, 2], [2, 7]]
+    plain = [argmax_continuation(model, prompt, 12) for prompt in prompts]
+    assert generate_batch(model, prompts, 12, draft_tokens=draft_tokens) == plain
+    alone = [generate(model, prompt, 12, draft_tokens=draft_tokens) for prompt in prompts]
+    assert [list(generation) for generation in alone] == plain
+    drafted, accepted = (
+        sum(sum(getattr(generation.statistics, name)) for generation in alone)
+        for name in ("drafted", "accepted")
+    )
+    assert 0 < accepted < drafted or draft_tokens == 0  # cut back by some and by none
+
+
+@pytest.mark.parametrize("kind", ["mla", *WINDOWED])
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_a_row_that_stops_early_leaves_its_neighbours_alone(kind, draft_tokens):
+    model, prompts = MODELS[kind, 2], [[5, 3, 5, 8], [3, 1, 4, 1, 5, 9, 2], [2, 7]]
+    plain = [argmax_continuation(model, prompt, 8) for prompt in prompts]
+    for stop in {token for row in plain for token in row}:
+        expected = [row[: row.index(stop)] if stop in row else row for row in plain]
+        found = generate_batch(model, prompts, 8, stop_ids=[stop], draft_tokens=draft_tokens)
+        assert found == expected
+
+
+@pytest.mark.parametrize("kind", ["mla", "windows"])
 @pytest.mark.parametrize("draft_tokens", [0, 1, 2, 5])
-def test_stop_ids_and_limits_cut_where_plain_decoding_would(draft_tokens):
-    model = MODELS["mla", 2]
+def test_stop_ids_and_limits_cut_where_plain_decoding_would(kind, draft_tokens):
+    model = MODELS[kind, 2]
     plain = list(generate(model, [3, 1], 20))
     for stop in set(plain):
         expected = plain[: plain.index(stop)]
@@ -66,9 +100,9 @@ def test_stop_ids_and_limits_cut_where_plain_decoding_would(draft_tokens):
     assert longest[:20] == plain
 
 
-def agreeable(num_modules: int) -> Transformer:
+def agreeable(config: ModelConfig) -> Transformer:
     """A model whose drafts are often right: its layers add little to the embedding."""
-    model = transformer(model_config(mla(), mtp=num_modules), seed=3)
+    model = transformer(config, seed=4)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if name.endswith(("attention.o.weight", "down", "down.weight")):
@@ -80,10 +114,11 @@ def agreeable(num_modules: int) -> Transformer:
     return model
 
 
+@pytest.mark.parametrize("kind", ["mla", "windows and sinks"])
 @pytest.mark.parametrize("num_modules", [1, 2, 3])
-def test_drafts_are_what_the_modules_predict_from_the_whole_text(num_modules, monkeypatch):
+def test_drafts_are_what_the_modules_predict_from_the_whole_text(kind, num_modules, monkeypatch):
     """The caches of the modules hold, after any number of rejections, what they should."""
-    model = agreeable(num_modules)
+    model = agreeable(CONFIGS[kind](num_modules))
     rounds = []
     really_draft = drafting.Drafter.draft
 
@@ -106,8 +141,9 @@ def test_drafts_are_what_the_modules_predict_from_the_whole_text(num_modules, mo
     assert checked > 20
 
 
-def test_drafts_beyond_the_modules_come_from_the_last_ones_own_state(monkeypatch):
-    model = agreeable(1)
+@pytest.mark.parametrize("kind", ["mla", "windows"])
+def test_drafts_beyond_the_modules_come_from_the_last_ones_own_state(kind, monkeypatch):
+    model = agreeable(CONFIGS[kind](1))
     (module,) = model.mtp.values()
     rounds = []
     really_draft = drafting.Drafter.draft
@@ -133,7 +169,7 @@ def test_drafts_beyond_the_modules_come_from_the_last_ones_own_state(monkeypatch
 
 @pytest.mark.parametrize("draft_tokens", [1, 3])
 def test_statistics_count_drafts_and_rounds(draft_tokens, monkeypatch):
-    model = agreeable(1)
+    model = agreeable(CONFIGS["mla"](1))
     forwards = []
     really_forward = Transformer.hidden_states
     monkeypatch.setattr(

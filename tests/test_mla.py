@@ -69,8 +69,10 @@ def test_expanded_and_absorbed_agree(config, starts, num_new, seed):
     q_BTHR = noise(B, T, c.num_heads, c.rope.width, seed=seed + 1)
     kept_BSW = noise(B, S, c.kv_rank + c.rope.width, seed=seed + 2)
     positions = Positions(torch.tensor(starts)[:, None] + torch.arange(T))
+    keys_BS = torch.arange(S)[None] if any(starts) else None
     expanded, absorbed = (
-        form(q_BTHP, q_BTHR, kept_BSW, positions) for form in (module.expanded, module.absorbed)
+        form(q_BTHP, q_BTHR, kept_BSW, positions, keys_BS)
+        for form in (module.expanded, module.absorbed)
     )
     assert expanded.shape == (B, T, c.num_heads, c.value_width)
     close(absorbed, expanded, 1e-10)
@@ -82,10 +84,10 @@ def test_what_lies_behind_a_rows_end_counts_in_neither_form():
     kept_BSW = noise(2, 6, config.kv_rank + config.rope.width)
     other_BSW = kept_BSW.clone()
     other_BSW[1, 3:] = 9.0
-    positions = Positions(torch.tensor([[4, 5], [1, 2]]))
+    positions, keys_BS = Positions(torch.tensor([[4, 5], [1, 2]])), torch.arange(6)[None]
     for form in (module.expanded, module.absorbed):
-        before = form(q_BTHP, q_BTHR, kept_BSW, positions)
-        close(form(q_BTHP, q_BTHR, other_BSW, positions), before, 1e-12)
+        before = form(q_BTHP, q_BTHR, kept_BSW, positions, keys_BS)
+        close(form(q_BTHP, q_BTHR, other_BSW, positions, keys_BS), before, 1e-12)
 
 
 def test_the_cache_keeps_the_normed_latent_and_the_rotated_key():

@@ -11,6 +11,7 @@ from modeling import (
     LayerConfig,
     MLAConfig,
     ModelConfig,
+    QKNormConfig,
     RopeConfig,
     YarnConfig,
 )
@@ -19,6 +20,8 @@ from moe import ConfigError
 INFINITY, NAN = float("inf"), float("nan")
 WHOLE = [0, -1, 1.5, True, "4", None]
 POSITIVE = [0.0, -1.0, INFINITY, NAN, "1", None, True]
+FLAG = [0, 1, None, "false"]
+QK_NORM, LAYER = QKNormConfig(epsilon=1e-6), model_config(mla()).layers[0]
 
 WRONG = [
     (YARN, "factor", [0.9, *POSITIVE]),
@@ -34,6 +37,17 @@ WRONG = [
     (gqa(), "num_heads", WHOLE),
     (gqa(), "kv_heads", [*WHOLE, 4, 12]),
     (gqa(), "head_width", WHOLE),
+    (gqa(), "scale", [value for value in POSITIVE if value is not None]),
+    (gqa(), "qkv_bias", FLAG),
+    (gqa(), "output_bias", FLAG),
+    (gqa(), "window", [value for value in WHOLE if value is not None]),
+    (gqa(), "sinks", FLAG),
+    (QK_NORM, "over", ["", "x", "heads", None]),
+    (QK_NORM, "after_rope", FLAG),
+    (QK_NORM, "epsilon", POSITIVE),
+    (LAYER, "norm_before", FLAG),
+    (LAYER, "norm_after", FLAG),
+    (LAYER, "residual_multiplier", POSITIVE),
     (mla(), "num_heads", WHOLE),
     (mla(), "query_rank", [0, -1, 1.5, True, "4"]),
     (mla(), "kv_rank", WHOLE),
@@ -48,6 +62,8 @@ WRONG = [
     (model_config(mla()), "layers", [(), None]),
     (model_config(mla()), "tied_embeddings", [0, None, "false"]),
     (model_config(mla()), "norm_epsilon", POSITIVE),
+    (model_config(mla()), "embedding_multiplier", POSITIVE),
+    (model_config(mla()), "logits_multiplier", POSITIVE),
 ]
 CASES = [(config, field, value) for config, field, values in WRONG for value in values]
 CASE_NAMES = [f"{type(config).__name__} {field} {value!r}" for config, field, value in CASES]
@@ -76,7 +92,7 @@ def test_key_value_heads_must_divide_the_heads():
         gqa(kv_heads=4)
 
 
-CONFIGS = [YARN, rope(), gqa(), mla(), DenseConfig(width=4), model_config(mla())]
+CONFIGS = [YARN, rope(), QK_NORM, gqa(), mla(), DenseConfig(width=4), LAYER, model_config(mla())]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
@@ -93,6 +109,7 @@ def test_what_defines_the_architecture_has_no_default():
     for kind in (
         YarnConfig,
         RopeConfig,
+        QKNormConfig,
         GQAConfig,
         MLAConfig,
         DenseConfig,
@@ -101,6 +118,16 @@ def test_what_defines_the_architecture_has_no_default():
     ):
         with pytest.raises(TypeError, match="missing"):
             kind()
+
+
+def test_what_a_plain_layer_does_not_have_is_off_by_default():
+    attention, layer, model = gqa(), model_config(gqa()).layers[0], model_config(gqa())
+    assert not any((attention.qkv_bias, attention.output_bias, attention.sinks))
+    assert attention.scale is attention.window is attention.qk_norm is None
+    assert (QK_NORM.over, QK_NORM.after_rope) == ("head", False)
+    assert (layer.norm_before, layer.norm_after) == (True, False)
+    multipliers = layer.residual_multiplier, model.embedding_multiplier, model.logits_multiplier
+    assert multipliers == (1.0, 1.0, 1.0)
 
 
 def test_equal_descriptions_are_equal_whatever_file_they_were_read_from():

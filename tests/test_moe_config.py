@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from moe import ConfigError, MoEConfig
+from moe import Clamp, ConfigError, MoEConfig
 
 PLAIN = {"num_experts": 8, "top_k": 2, "expert_width": 16, "scoring": "softmax"}
 GROUPED = PLAIN | {"num_groups": 4, "groups_kept": 2, "group_score": "top2_sum"}
@@ -25,6 +25,8 @@ def test_the_four_fields_without_a_default_make_a_layer_without_extras():
     assert (config.selection_bias, config.normalize) == (False, False)
     assert (config.normalize_epsilon, config.scale) == (0.0, 1.0)
     assert config.router_precision == "float32"
+    assert (config.expert_biases, config.router_bias, config.clamp) == (False, False, None)
+    assert (config.shared_gate, config.normalize_minimum) == (False, 0.0)
 
 
 @pytest.mark.parametrize("missing", PLAIN)
@@ -104,10 +106,43 @@ def test_a_scale_that_is_not_positive_and_finite_is_refused_by_name(value):
     assert refusal(**PLAIN, scale=value).startswith(f"scale = {value!r}:")
 
 
-@pytest.mark.parametrize("value", [-1e-20, 1, 1.0, float("nan"), float("inf")])
-def test_an_epsilon_outside_zero_to_one_is_refused_by_name(value):
-    said = refusal(**PLAIN, normalize_epsilon=value)
-    assert said.startswith(f"normalize_epsilon = {value!r}:")
+@pytest.mark.parametrize("value", [-1e-20, 1, 1.0, float("nan"), float("inf"), True, "0", None])
+@pytest.mark.parametrize("field", ["normalize_epsilon", "normalize_minimum"])
+def test_an_epsilon_or_minimum_outside_zero_to_one_is_refused_by_name(field, value):
+    assert refusal(**PLAIN | {field: value}).startswith(f"{field} = {value!r}:")
+
+
+@pytest.mark.parametrize("value", [0, 1, None, "false"])
+@pytest.mark.parametrize(
+    "field", ["expert_biases", "router_bias", "selection_bias", "normalize", "shared_gate"]
+)
+def test_a_flag_that_is_neither_true_nor_false_is_refused_by_name(field, value):
+    said = refusal(**PLAIN | {"shared_width": 4, field: value})
+    assert said == f"{field} = {value!r}: must be True or False"
+
+
+def test_a_gate_needs_a_shared_expert():
+    assert refusal(**PLAIN, shared_gate=True).startswith("shared_gate = True: there is no shared")
+    assert MoEConfig(**PLAIN, shared_gate=True, shared_width=1).shared_gate
+
+
+@pytest.mark.parametrize(
+    "value", [0, 0.0, -1.0, float("inf"), float("-inf"), float("nan"), "7", None, True]
+)
+@pytest.mark.parametrize("field", ["limit", "alpha"])
+def test_a_bound_of_the_activation_that_is_not_positive_and_finite_is_refused(field, value):
+    with pytest.raises(ConfigError, match=f"^{field} = {re.escape(repr(value))}:"):
+        Clamp(**{"limit": 7.0, "alpha": 1.702} | {field: value})
+
+
+@pytest.mark.parametrize("missing", ["limit", "alpha"])
+def test_a_clamp_has_no_defaults_and_cannot_be_changed(missing):
+    numbers = {"limit": 7.0, "alpha": 1.702}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(Clamp(**numbers), missing, 1.0)
+    del numbers[missing]
+    with pytest.raises(TypeError, match=missing):
+        Clamp(**numbers)
 
 
 def test_a_config_error_is_a_value_error():

@@ -5,9 +5,11 @@ Shapes: B batch, T positions, N = B * T tokens, D model width, F hidden width.
 
 import pytest
 import torch
+from tiny import plain_moe
 from torch import nn
 
-from moe import FeedForward, MoE, MoEConfig
+from moe import Clamp, FeedForward, MoE, MoEConfig
+from moe.feed_forward import GatedFeedForward
 
 D = 8
 CONFIGS = {
@@ -21,6 +23,14 @@ CONFIGS = {
         "scale": 2.5,
     },
     "shared": {"scoring": "softmax", "normalize": True, "shared_width": 12},
+    "gated shared": {"scoring": "softmax", "shared_width": 12, "shared_gate": True},
+    "biases": {"scoring": "softmax", "router_bias": True, "expert_biases": True},
+    "clamped": {
+        "scoring": "sigmoid",
+        "selection_bias": True,
+        "expert_biases": True,
+        "clamp": Clamp(limit=1.5, alpha=1.7),
+    },
 }
 each_config = pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 
@@ -59,6 +69,13 @@ def test_the_layer_is_the_weighted_sum_of_the_chosen_experts_plus_the_shared_one
             weight = powers_E[expert] / powers_E.sum()
             expected_D = expected_D + weight * gated(x_D, *(stack[expert] for stack in stacks))
         torch.testing.assert_close(y_D, expected_D)
+
+
+@each_config
+def test_each_token_gets_what_the_plain_equations_give(fields):
+    layer, x_ND = make_layer(**fields), make_x(7)
+    expected_ND = torch.stack([plain_moe(layer, layer.router.config, x_D) for x_D in x_ND])
+    torch.testing.assert_close(layer(x_ND), expected_ND)
 
 
 @each_config
@@ -124,6 +141,26 @@ def test_the_shared_expert_is_added_ungated_to_every_token():
     with_both_ND = layer(x_ND)
     layer.shared = None
     torch.testing.assert_close(with_both_ND - layer(x_ND), gated(x_ND, *shared))
+
+
+def test_a_gated_shared_expert_counts_as_much_as_the_sigmoid_of_its_score():
+    layer = make_layer(scoring="softmax", shared_width=12, shared_gate=True)
+    x_ND, shared = make_x(5), layer.shared
+    weights = shared.gate.weight, shared.up.weight, shared.down.weight
+    share_N1 = 1 / (1 + torch.exp(-(x_ND * shared.score.weight).sum(dim=-1, keepdim=True)))
+    assert share_N1.std() > 0.1  # so that it matters which token gets which
+    torch.testing.assert_close(shared(x_ND), share_N1 * gated(x_ND, *weights))
+    with_both_ND = layer(x_ND)
+    layer.shared = None
+    torch.testing.assert_close(with_both_ND - layer(x_ND), shared(x_ND))
+
+
+def test_a_gated_layer_is_half_the_layer_at_a_score_of_zero_and_the_layer_at_a_high_one():
+    layer, x_BTD = GatedFeedForward(D, 4).double(), make_x(2, 3).abs()
+    weights = layer.gate.weight, layer.up.weight, layer.down.weight
+    for score, share in ((0.0, 0.5), (1000.0, 1.0), (-1000.0, 0.0)):
+        nn.init.constant_(layer.score.weight, score)
+        torch.testing.assert_close(layer(x_BTD), share * gated(x_BTD, *weights))
 
 
 def test_one_wide_shared_expert_is_the_sum_of_several_narrow_ones():

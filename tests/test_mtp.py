@@ -7,10 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import (
+    VARIED,
     gqa,
     mla,
     model_config,
     plain_block,
+    plain_embedded,
     plain_norm,
     plain_states,
     random_tokens,
@@ -20,8 +22,13 @@ from tiny import (
 from modeling import LayerConfig, ModelConfig
 from modeling.rope import Positions
 
-ATTENTIONS = {"mla": mla(), "mla without query compression": mla(query_rank=None), "gqa": gqa()}
-every_attention = pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS.keys())
+CONFIGS = {
+    "mla": lambda mtp: model_config(mla(), mtp),
+    "mla without query compression": lambda mtp: model_config(mla(query_rank=None), mtp),
+    "gqa": lambda mtp: model_config(gqa(), mtp),
+    **VARIED,
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
 def close(actual, expected, tolerance=1e-10):
@@ -29,26 +36,27 @@ def close(actual, expected, tolerance=1e-10):
 
 
 def plain_mtp_states(model, tokens_T):
-    """DeepSeek-V3, equations 21 to 23, with the embedding first and every state after its norm."""
+    """What the head reads at each depth: DeepSeek-V3, equations 21 to 23, with the embedding first
+    and every state after its norm."""
     states_TD, epsilon = plain_states(model, tokens_T), model.config.norm_epsilon
     depths, length = [], len(tokens_T)
     for k, (module, layer) in enumerate(zip(model.mtp.values(), model.config.mtp, strict=True), 1):
         rows = []
         for i in range(length - k):
-            embedding_D = model.embed.weight[tokens_T[i + k]]
+            embedding_D = plain_embedded(model, tokens_T[i + k])
             first_D = plain_norm(embedding_D, module.embedding_norm.weight, epsilon)
             second_D = plain_norm(states_TD[i], module.state_norm.weight, epsilon)
             rows.append(module.projection.weight @ torch.cat([first_D, second_D]))
         x_TD = plain_block(module.block, layer, epsilon, torch.stack(rows))
         states_TD = plain_norm(x_TD, module.norm.weight, epsilon)
-        depths.append(states_TD)
+        depths.append(model.config.logits_multiplier * states_TD)
     return depths
 
 
-@every_attention
+@every_config
 @pytest.mark.parametrize("modules", [1, 2, 3])
-def test_logits_of_each_depth_are_the_written_equations(attention, modules):
-    model, tokens_BT = transformer(model_config(attention, mtp=modules)), random_tokens(2, 7)
+def test_logits_of_each_depth_are_the_written_equations(config, modules):
+    model, tokens_BT = transformer(config(modules)), random_tokens(2, 7)
     depths = model.mtp_logits(tokens_BT)
     assert [logits.shape for logits in depths] == [(2, 7 - k, 23) for k in range(1, modules + 1)]
     for row, tokens_T in enumerate(tokens_BT):
@@ -114,18 +122,18 @@ def test_a_global_offset_of_the_positions_changes_nothing(offset):
     close(there, model.mtp_hidden_states(model.hidden_states(tokens_BT), tokens_BT)[0], 1e-3)
 
 
-@every_attention
+@every_config
 @given(cuts=st.sets(st.integers(1, 5)))
-def test_a_module_with_a_cache_equals_the_whole_for_every_way_of_cutting(attention, cuts):
-    model, tokens_BT = transformer(model_config(attention, mtp=1)), random_tokens(2, 7)
+def test_a_module_with_a_cache_equals_the_whole_for_every_way_of_cutting(config, cuts):
+    model, tokens_BT = transformer(config(1)), random_tokens(2, 7)
     (module,), (cache,) = model.mtp.values(), model.make_mtp_caches(2, 6)
-    x_BTD, next_BTD = model.hidden_states(tokens_BT)[:, :-1], model.embed(tokens_BT[:, 1:])
+    x_BTD, next_BTD = model.hidden_states(tokens_BT)[:, :-1], model.embedded(tokens_BT[:, 1:])
     states, bounds = [], [0, *sorted(cuts), 6]
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         positions = Positions(torch.arange(start, end)[None])
         states.append(module(x_BTD[:, start:end], next_BTD[:, start:end], positions, cache))
     (expected,) = model.mtp_hidden_states(model.hidden_states(tokens_BT), tokens_BT)
-    close(torch.cat(states, dim=1), expected)
+    close(torch.cat(states, dim=1) * model.config.logits_multiplier, expected)
 
 
 @pytest.mark.parametrize("modules", [1, 3])

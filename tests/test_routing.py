@@ -46,7 +46,7 @@ def reference_route(logits, bias, config):
     chosen = sorted(candidates, key=lambda expert: choice[expert], reverse=True)[: config.top_k]
     weights = {expert: scores[expert] for expert in chosen}
     if config.normalize:
-        total = sum(weights.values()) + config.normalize_epsilon
+        total = max(sum(weights.values()), config.normalize_minimum) + config.normalize_epsilon
         weights = {expert: weight / total for expert, weight in weights.items()}
     return {expert: weight * config.scale for expert, weight in weights.items()}
 
@@ -66,6 +66,7 @@ def configs(draw):
         group_score=draw(st.sampled_from(group_scores)),
         normalize=draw(st.booleans()),
         normalize_epsilon=draw(st.sampled_from([0.0, 1e-20, 1e-2])),
+        normalize_minimum=draw(st.sampled_from([0.0, 1e-12, 0.3])),
         scale=draw(st.sampled_from([1.0, 2.5, 16.0])),
     )
 
@@ -117,7 +118,7 @@ def test_weights_are_finite_and_sum_to_the_scale_when_normalized(case):
     weights_NK = route(logits_NE, config, bias_E).weights_NK
     assert weights_NK.isfinite().all()
     assert (weights_NK > 0).all()
-    if config.normalize and config.normalize_epsilon < 1e-6:
+    if config.normalize and max(config.normalize_epsilon, config.normalize_minimum) < 1e-6:
         total_N = weights_NK.sum(dim=-1)
         torch.testing.assert_close(total_N, torch.full_like(total_N, config.scale))
 
@@ -212,6 +213,46 @@ def test_the_epsilon_is_added_to_the_sum_that_normalizes():
     assert chosen_weights(routing) == pytest.approx({0: 0.4, 1: 0.2}, rel=1e-6)
 
 
+def test_the_minimum_stands_in_for_a_smaller_sum_and_is_never_added():
+    minimum = make_config(scoring="sigmoid", normalize=True, normalize_minimum=0.6)
+    large = route(logit(0.5, 0.25, 0.1, 0.1), minimum)
+    assert chosen_weights(large) == pytest.approx({0: 2 / 3, 1: 1 / 3}, rel=1e-6)
+    small = route(logit(0.2, 0.1, 0.05, 0.05), minimum)
+    assert chosen_weights(small) == pytest.approx({0: 1 / 3, 1: 1 / 6}, rel=1e-6)
+
+
+def test_improbable_experts_that_a_bias_forces_weigh_little_beside_a_minimum_or_an_epsilon():
+    """Their scores sum to 3e-18: normalised alone that is 1, beside the minimum next to nothing."""
+    logits_NE, bias_E = torch.tensor([[1.0, 1.0, -41.0, -41.0]]), torch.tensor([0.0, 0.0, 9.0, 9.0])
+    score = 1 / (1 + math.exp(41))
+    for fields, total in (
+        ({}, 2 * score),
+        ({"normalize_minimum": 1e-12}, 1e-12),
+        ({"normalize_epsilon": 1e-12}, 2 * score + 1e-12),
+    ):
+        config = make_config(scoring="sigmoid", normalize=True, **fields)
+        weights = chosen_weights(route(logits_NE, config, bias_E))
+        assert weights == pytest.approx({2: score / total, 3: score / total}, rel=1e-5, abs=0)
+
+
+@given(
+    logits=st.lists(st.floats(-5, 5), min_size=2, max_size=8),
+    shift=st.floats(-20, 20),
+    top_k=st.integers(1, 8),
+)
+@quick
+def test_normalized_softmax_scores_are_the_softmax_over_the_chosen_logits(logits, shift, top_k):
+    E, top_k = len(logits), min(top_k, len(logits))
+    config = make_config(num_experts=E, top_k=top_k, scoring="softmax", normalize=True)
+    logits_NE = torch.tensor([logits], dtype=torch.float64) + shift
+    chosen = chosen_weights(route(logits_NE, config))
+    expected = reference_softmax([logits[expert] for expert in chosen])
+    assert list(chosen.values()) == pytest.approx(expected, rel=1e-9)
+    not_normalized = make_config(num_experts=E, top_k=top_k, scoring="softmax")
+    plain = chosen_weights(route(logits_NE, not_normalized))
+    assert all(plain[expert] < weight for expert, weight in chosen.items()) or top_k == E
+
+
 @pytest.mark.parametrize(("group_score", "kept"), [("max", {0, 1}), ("top2_sum", {2, 3})])
 def test_the_best_expert_and_the_best_pair_can_lie_in_different_groups(group_score, kept):
     config = make_config(scoring="sigmoid", num_groups=2, group_score=group_score)
@@ -273,6 +314,32 @@ def test_a_routers_bias_takes_part_in_choosing():
     assert router(torch.ones(2, 1)).experts_NK.tolist() == [[2], [2]]
     router.selection_bias.copy_(torch.tensor([0.1, 0.0, 0.0]))
     assert router(torch.ones(2, 1)).experts_NK.tolist() == [[0], [0]]
+
+
+def test_a_router_bias_moves_the_logits_and_with_them_choice_and_weights():
+    router = make_router([[1.0], [2.0], [0.0]], scoring="softmax", router_bias=True)
+    router.bias.data = torch.tensor([0.5, -3.0, 1.0])
+    routing = router(torch.tensor([[1.0], [4.0]]))
+    assert routing.logits_NE.tolist() == [[1.5, -1.0, 1.0], [4.5, 5.0, 1.0]]
+    assert routing.experts_NK.tolist() == [[0], [1]]
+    expected = [max(reference_softmax(logits)) for logits in routing.logits_NE.tolist()]
+    assert routing.weights_NK.flatten().tolist() == pytest.approx(expected)
+    routing.weights_NK.sum().backward()
+    assert router.bias.grad.any()
+
+
+@pytest.mark.parametrize(("precision", "first"), [("float32", 257.0), ("weights", 256.0)])
+def test_a_router_bias_is_added_in_the_precision_of_the_product(precision, first):
+    fields = {"scoring": "softmax", "router_bias": True, "router_precision": precision}
+    router = make_router([[256.0], [256.0]], **fields).bfloat16()
+    router.bias.data = torch.tensor([1.0, 0.0]).bfloat16()
+    assert router(torch.ones(1, 1).bfloat16()).logits_NE.tolist() == [[first, 256.0]]
+
+
+def test_a_router_has_a_bias_only_if_asked():
+    assert set(make_router([[1.0]], scoring="softmax").state_dict()) == {"weight"}
+    biased = make_router([[1.0]], scoring="softmax", router_bias=True)
+    assert set(biased.state_dict()) == {"weight", "bias"}
 
 
 def test_gradient_reaches_the_router_through_the_weights_and_never_the_bias():

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import YARN, gqa, grouped_experts, mla, model_config, random_tokens, rope, transformer
+from tiny import (
+    VARIED,
+    YARN,
+    gqa,
+    grouped_experts,
+    mla,
+    model_config,
+    random_tokens,
+    rope,
+    transformer,
+)
 from torch import Tensor
 
 from modeling import LayerConfig, mtp_loss, next_token_loss
@@ -77,10 +87,11 @@ def run_everything(model) -> None:
     with record_routing(model) as routings:
         x_BTD = model.hidden_states(tokens_BT)
         assert len(routings) > 0
-    cache = model.make_cache(2, 12)
+    cache = model.make_cache(2, 13, rollback=4)
     model(tokens_BT, cache=cache)
     cache.truncate([3, 6])
     model(tokens_BT[:, :3], cache=cache, logits_to_keep=2)
+    model.hidden_states(tokens_BT[:, :3], cache, counts=[1, 3])
     model(tokens_BT[:, :1], cache=cache)
     model.mtp_logits(tokens_BT)
     depths, mask_BT = model.mtp_hidden_states(x_BTD, tokens_BT), tokens_BT > 3
@@ -97,12 +108,15 @@ def run_everything(model) -> None:
 
 
 STRETCHED = rope(width=6, yarn=YARN)
-EVEN = LayerConfig(attention=mla(), feed_forward=grouped_experts(expert_width=8))
+EVEN = LayerConfig(
+    attention=mla(), feed_forward=grouped_experts(expert_width=8, expert_biases=True)
+)
 MODELS = {
     "mla": transformer(model_config(mla(), mtp=2)),
     "mla with yarn": transformer(model_config(mla(query_rank=None, rope=STRETCHED), mtp=1)),
     "gqa": transformer(model_config(gqa(), mtp=3)),
     "grouped": transformer(model_config(gqa(), d_model=12, layers=(EVEN,)), torch.float32),
+    **{name: transformer(config(mtp=2)) for name, config in VARIED.items()},
 }
 
 

@@ -5,6 +5,7 @@ read a module's weights and its config and call none of its methods.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,12 @@ from modeling import (
     LayerConfig,
     MLAConfig,
     ModelConfig,
+    QKNormConfig,
     RopeConfig,
     Transformer,
     YarnConfig,
 )
-from moe import MoEConfig
+from moe import Clamp, MoEConfig
 
 YARN = YarnConfig(factor=4.0, original_length=64, beta_fast=16.0, beta_slow=1.0)
 
@@ -57,8 +59,50 @@ def model_config(attention: GQAConfig | MLAConfig, mtp: int = 0, **changes) -> M
     """A dense layer, two sparse ones and `mtp` prediction modules, all with this attention."""
     kinds = DenseConfig(width=10), grouped_experts(), softmax_experts()
     layers = tuple(LayerConfig(attention=attention, feed_forward=kind) for kind in kinds)
-    sizes = {"vocab_size": 23, "d_model": 11, "max_length": 64}
-    return ModelConfig(**sizes | {"layers": layers, "mtp": (layers[1:] * 2)[:mtp]} | changes)
+    return sized(**{"layers": layers, "mtp": (layers[1:] * 2)[:mtp]} | changes)
+
+
+def sized(**fields) -> ModelConfig:
+    return ModelConfig(**{"vocab_size": 23, "d_model": 11, "max_length": 64} | fields)
+
+
+def windows_and_sinks(mtp: int = 0) -> ModelConfig:
+    """Windows and a full view in turn, each with its rope; sinks, biases, clamped experts."""
+    extras = {"sinks": True, "qkv_bias": True, "output_bias": True}
+    local, far = gqa(window=3, **extras), gqa(rope=rope(theta=900.0, yarn=YARN), **extras)
+    clamped = softmax_experts(
+        normalize=True, router_bias=True, expert_biases=True, clamp=Clamp(limit=1.2, alpha=1.7)
+    )
+    layers = tuple(LayerConfig(attention=a, feed_forward=clamped) for a in (local, far, local))
+    return sized(layers=layers, mtp=layers[:mtp])
+
+
+def norms_behind(mtp: int = 0) -> ModelConfig:
+    """Norms behind the sublayers, in one layer before them too, and over all heads of a token."""
+    attention = gqa(qk_norm=QKNormConfig(over="all", epsilon=1e-5))
+    plain = model_config(attention).layers
+    layers = tuple(
+        replace(layer, norm_before=i == 1, norm_after=True) for i, layer in enumerate(plain)
+    )
+    return sized(layers=layers, mtp=(layers[1:] * 2)[:mtp])
+
+
+def norms_of_heads_and_multipliers(mtp: int = 0) -> ModelConfig:
+    """Heads normed after their rotation, a gated shared expert, multipliers, a tied head."""
+    attention = gqa(qk_norm=QKNormConfig(after_rope=True, epsilon=1e-5), scale=0.6)
+    experts = grouped_experts(
+        shared_gate=True, expert_biases=True, clamp=Clamp(limit=0.8, alpha=1.2)
+    )
+    layer = LayerConfig(attention=attention, feed_forward=experts, residual_multiplier=0.7)
+    multipliers = {"embedding_multiplier": 3.0, "logits_multiplier": 0.4, "tied_embeddings": True}
+    return sized(layers=(layer,) * 2, mtp=(layer,) * mtp, **multipliers)
+
+
+VARIED = {
+    "windows and sinks": windows_and_sinks,
+    "norms behind": norms_behind,
+    "norms of heads and multipliers": norms_of_heads_and_multipliers,
+}
 
 
 def transformer(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0):
@@ -131,29 +175,56 @@ def plain_linear(x_D: Tensor, linear: nn.Linear) -> Tensor:
     return y if linear.bias is None else y + linear.bias
 
 
-def plain_head(q_TP: Tensor, k_TP: Tensor, v_TM: Tensor, scale: float) -> Tensor:
-    """Causal attention of one head, one query after the other."""
+def plain_head(
+    q_TP: Tensor,
+    k_TP: Tensor,
+    v_TM: Tensor,
+    scale: float,
+    window: int | None = None,
+    sink: float = -math.inf,
+) -> Tensor:
+    """Causal attention of one head, one query after the other; the sink has no value."""
     y_TM = torch.zeros(len(q_TP), v_TM.shape[1], dtype=v_TM.dtype)
     for t in range(len(q_TP)):
-        scores = [scale * float(q_TP[t] @ k_TP[s]) for s in range(t + 1)]
-        powers = [math.exp(score - max(scores)) for score in scores]
-        y_TM[t] = sum(power / sum(powers) * v_TM[s] for s, power in enumerate(powers))
+        seen = [s for s in range(t + 1) if window is None or t - s < window]
+        scores = [scale * float(q_TP[t] @ k_TP[s]) for s in seen]
+        highest = max(*scores, sink)
+        powers = [math.exp(score - highest) for score in scores]
+        total = sum(powers) + math.exp(sink - highest)
+        y_TM[t] = sum(power / total * v_TM[s] for s, power in zip(seen, powers, strict=True))
     return y_TM
+
+
+def plain_placed(x_THP: Tensor, norm: nn.Module, config: GQAConfig) -> Tensor:
+    """The queries or keys of positions 0, 1, ...: normed and turned, in the config's order."""
+
+    def normed(x_THP: Tensor) -> Tensor:
+        if (qk_norm := config.qk_norm) is None:
+            return x_THP
+        vectors = x_THP if qk_norm.over == "head" else x_THP.reshape(len(x_THP), -1)
+        return plain_norm(vectors, norm.weight, qk_norm.epsilon).reshape(x_THP.shape)
+
+    def turned(x_THP: Tensor) -> Tensor:
+        positions = enumerate(x_THP)
+        rows = [[plain_rotation(x_P, config.rope, t) for x_P in x_HP] for t, x_HP in positions]
+        return torch.stack([torch.stack(row) for row in rows])
+
+    after = config.qk_norm is not None and config.qk_norm.after_rope
+    return normed(turned(x_THP)) if after else turned(normed(x_THP))
 
 
 def plain_gqa(module: nn.Module, config: GQAConfig, x_TD: Tensor) -> Tensor:
     """Ainslie et al. 2023: query head h uses key-value head h // (H / J)."""
-    T, P, rope = len(x_TD), config.head_width, config.rope
-    q_THP = plain_linear(x_TD, module.q).view(T, config.num_heads, P)
-    k_TJP = plain_linear(x_TD, module.k).view(T, config.kv_heads, P)
-    v_TJP = plain_linear(x_TD, module.v).view(T, config.kv_heads, P)
+    T, H, J, P = len(x_TD), config.num_heads, config.kv_heads, config.head_width
+    q_THP = plain_placed(plain_linear(x_TD, module.q).view(T, H, P), module.q_norm, config)
+    k_TJP = plain_placed(plain_linear(x_TD, module.k).view(T, J, P), module.k_norm, config)
+    v_TJP = plain_linear(x_TD, module.v).view(T, J, P)
+    scale = 1 / math.sqrt(P) if config.scale is None else config.scale
+    scale *= config.rope.softmax_multiplier
     heads = []
-    for h in range(config.num_heads):
-        j = h // (config.num_heads // config.kv_heads)
-        q_TP = torch.stack([plain_rotation(q_THP[t, h], rope, t) for t in range(T)])
-        k_TP = torch.stack([plain_rotation(k_TJP[t, j], rope, t) for t in range(T)])
-        scale = rope.softmax_multiplier / math.sqrt(P)
-        heads.append(plain_head(q_TP, k_TP, v_TJP[:, j], scale))
+    for h in range(H):
+        j, sink = h // (H // J), float(module.sinks[h]) if config.sinks else -math.inf
+        heads.append(plain_head(q_THP[:, h], k_TJP[:, j], v_TJP[:, j], scale, config.window, sink))
     return plain_linear(torch.cat(heads, dim=-1), module.o)
 
 
@@ -181,14 +252,32 @@ def plain_mla(module: nn.Module, config: MLAConfig, x_TD: Tensor) -> Tensor:
     return plain_linear(torch.cat(heads, dim=-1), module.o)
 
 
-def plain_swiglu(x_D: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
-    gate_F = gate_FD @ x_D
-    return down_DF @ (gate_F / (1 + (-gate_F).exp()) * (up_FD @ x_D))
+def plain_activation(gate: float, up: float, clamp: Clamp | None = None) -> float:
+    """silu(gate) * up; clamped: gate * sigmoid(alpha * gate) * (up + 1), gate bounded from above
+    and up from both sides."""
+    if clamp is None:
+        return gate / (1 + math.exp(-gate)) * up
+    gate, up = min(gate, clamp.limit), max(-clamp.limit, min(up, clamp.limit))
+    return gate / (1 + math.exp(-clamp.alpha * gate)) * (up + 1)
+
+
+def plain_hidden(gate_F: Tensor, up_F: Tensor, clamp: Clamp | None = None) -> Tensor:
+    pairs = zip(gate_F.tolist(), up_F.tolist(), strict=True)
+    return gate_F.new_tensor([plain_activation(gate, up, clamp) for gate, up in pairs])
+
+
+def plain_expert(experts: nn.Module, config: MoEConfig, e: int, x_D: Tensor) -> Tensor:
+    gate_F, up_F = experts.gate[e] @ x_D, experts.up[e] @ x_D
+    if config.expert_biases:
+        gate_F, up_F = gate_F + experts.gate_bias[e], up_F + experts.up_bias[e]
+    y_D = experts.down[e] @ plain_hidden(gate_F, up_F, config.clamp)
+    return y_D + experts.down_bias[e] if config.expert_biases else y_D
 
 
 def plain_moe(module: nn.Module, config: MoEConfig, x_D: Tensor) -> Tensor:
     """One token through its experts (DeepSeek-V2, 2.2.1 and 2.2.2; DeepSeek-V3, 2.1.2)."""
-    logits = (module.router.weight @ x_D).tolist()
+    logits_E = module.router.weight @ x_D
+    logits = (logits_E + module.router.bias if config.router_bias else logits_E).tolist()
     powers = [math.exp(logit) for logit in logits]
     softmax = config.scoring == "softmax"
     scores = [p / sum(powers) if softmax else p / (1 + p) for p in powers]
@@ -200,34 +289,45 @@ def plain_moe(module: nn.Module, config: MoEConfig, x_D: Tensor) -> Tensor:
     reachable = [e for group in groups[: config.groups_kept] for e in group]
     chosen = sorted(reachable, key=lambda e: -choice[e])[: config.top_k]
     total = sum(scores[e] for e in chosen) if config.normalize else 1.0
-    y_D, experts = torch.zeros_like(x_D), module.experts
+    y_D = torch.zeros_like(x_D)
     for e in chosen:
-        out_D = plain_swiglu(x_D, experts.gate[e], experts.up[e], experts.down[e])
-        y_D += config.scale * scores[e] / total * out_D
+        y_D += config.scale * scores[e] / total * plain_expert(module.experts, config, e, x_D)
     if module.shared is not None:
-        y_D += plain_feed_forward(module.shared, x_D)
+        score = module.shared.score.weight[0] @ x_D if config.shared_gate else None
+        share = 1.0 if score is None else 1 / (1 + (-score).exp())
+        y_D += share * plain_feed_forward(module.shared, x_D)
     return y_D
 
 
 def plain_feed_forward(module: nn.Module, x_D: Tensor) -> Tensor:
-    return plain_swiglu(x_D, module.gate.weight, module.up.weight, module.down.weight)
+    return module.down.weight @ plain_hidden(module.gate.weight @ x_D, module.up.weight @ x_D)
 
 
 def plain_block(block: nn.Module, layer: LayerConfig, epsilon: float, x_TD: Tensor) -> Tensor:
+    def normed(x_TD: Tensor, wanted: bool, norm: nn.Module) -> Tensor:
+        return plain_norm(x_TD, norm.weight, epsilon) if wanted else x_TD
+
     attention = plain_mla if isinstance(layer.attention, MLAConfig) else plain_gqa
-    normed_TD = plain_norm(x_TD, block.attention_norm.weight, epsilon)
-    x_TD = x_TD + attention(block.attention, layer.attention, normed_TD)
-    normed_TD = plain_norm(x_TD, block.feed_forward_norm.weight, epsilon)
+    read_TD = normed(x_TD, layer.norm_before, block.attention_norm)
+    y_TD = attention(block.attention, layer.attention, read_TD)
+    y_TD = normed(y_TD, layer.norm_after, block.attention_output_norm)
+    x_TD = x_TD + layer.residual_multiplier * y_TD
+    read_TD = normed(x_TD, layer.norm_before, block.feed_forward_norm)
     if isinstance(layer.feed_forward, DenseConfig):
-        rows = [plain_feed_forward(block.feed_forward, x_D) for x_D in normed_TD]
+        rows = [plain_feed_forward(block.feed_forward, x_D) for x_D in read_TD]
     else:
-        rows = [plain_moe(block.feed_forward, layer.feed_forward, x_D) for x_D in normed_TD]
-    return x_TD + torch.stack(rows)
+        rows = [plain_moe(block.feed_forward, layer.feed_forward, x_D) for x_D in read_TD]
+    y_TD = normed(torch.stack(rows), layer.norm_after, block.feed_forward_output_norm)
+    return x_TD + layer.residual_multiplier * y_TD
+
+
+def plain_embedded(model: Transformer, tokens_T: Tensor) -> Tensor:
+    return model.config.embedding_multiplier * model.embed.weight[tokens_T]
 
 
 def plain_states(model: Transformer, tokens_T: Tensor) -> Tensor:
     """What the head reads, (T, D), for one sequence."""
-    config, x_TD = model.config, model.embed.weight[tokens_T]
+    config, x_TD = model.config, plain_embedded(model, tokens_T)
     for block, layer in zip(model.layers, config.layers, strict=True):
         x_TD = plain_block(block, layer, config.norm_epsilon, x_TD)
-    return plain_norm(x_TD, model.norm.weight, config.norm_epsilon)
+    return config.logits_multiplier * plain_norm(x_TD, model.norm.weight, config.norm_epsilon)
