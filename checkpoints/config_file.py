@@ -73,6 +73,7 @@ class Fields:
     def __init__(self, raw: Mapping[str, Any], where: str = "") -> None:
         self.raw, self.where = raw, where
         self.asked: set[str] = set()
+        self.parts: list[Fields] = []  # sections that describe a model themselves
 
     def integer(
         self,

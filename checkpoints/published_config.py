@@ -56,12 +56,12 @@ def quantization_of(fields: Fields) -> dict[str, Any]:
 
 def refuse_unread_mechanisms(fields: Fields, family: str) -> None:
     """A key that changes the architecture and that the family's adapter did not ask for."""
-    for key in fields.unread():
-        value = fields.raw[key]
-        if key in MECHANISMS and not any(value is o or value == o for o in MECHANISMS[key]):
-            raise ConfigError(
-                f"{key} = {value!r} changes the model in a way {family} does not have"
-            )
+    for part in (fields, *fields.parts):
+        for key in part.unread():
+            value = part.raw[key]
+            if key in MECHANISMS and (value is True or value not in MECHANISMS[key]):
+                found = f"{part.where}{key} = {value!r}"
+                raise ConfigError(f"{found} changes the model in a way {family} does not have")
 
 
 def config_path(path: Path) -> Path:

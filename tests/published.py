@@ -1,15 +1,34 @@
-"""Checkpoints as transformers writes them: tiny, every parameter and buffer random."""
+"""Published checkpoints for tests: what transformers writes, and what the family modules say.
+
+`family_tests` are the modules of tests/families, one for each adapter. Each says in data what is
+known of its family (see test_families.py) and may say how its checkpoints are written and read by
+transformers where that is not the usual way (`write_peer`, `reload_peer`).
+"""
 
 import json
+from collections.abc import Mapping
+from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from safetensors.torch import load_file, save_file
+from files import tensors_of, write_tensors
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import MtpModel
+from transformers.utils.logging import disable_progress_bar
 
-YARN = {
+from checkpoints.contents import copied_entries, num_blocks, own_state
+from checkpoints.mapping import Entry, correspondences
+from checkpoints.published_config import family_of
+from modeling import ModelConfig, RopeConfig, Transformer
+from modeling.rope import Positions, rotate
+
+disable_progress_bar()
+
+TINY_YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
     "factor": 4.0,
@@ -19,38 +38,58 @@ YARN = {
     "mscale": 0.7,
     "mscale_all_dim": 0.9,
 }
-SIZES = {
-    "vocab_size": 103,
-    "hidden_size": 60,
-    "intermediate_size": 92,
-    "moe_intermediate_size": 28,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
-    "n_routed_experts": 12,
-    "num_experts_per_tok": 3,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 20,
-    "qk_nope_head_dim": 14,
-    "qk_rope_head_dim": 6,
-    "v_head_dim": 18,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-}
 
 
-def random_peer(family: str, seed: int = 0, **changes) -> PreTrainedModel:
-    """A transformers model of the DeepSeek kind: `SIZES` with changes."""
-    return peer_of(family, SIZES | changes, seed)
+def family_tests() -> list[ModuleType]:
+    """The modules of tests/families."""
+    folder = Path(__file__).parent / "families"
+    return [import_module(file.stem) for file in sorted(folder.glob("test_*.py"))]
+
+
+def modern(published: Mapping, **renamed: str) -> dict:
+    """The same config in the spelling of newer files: one dict for rope, other names for keys."""
+    renamed = {"torch_dtype": "dtype", "num_nextn_predict_layers": "num_mtp_layers"} | renamed
+    scaling = dict(published.get("rope_scaling") or {"type": "default"})
+    rope = {"rope_type": scaling.pop("type"), "rope_theta": published["rope_theta"], **scaling}
+    kept = {k: v for k, v in published.items() if k not in ("rope_theta", "rope_scaling")}
+    return {renamed.get(k, k): v for k, v in kept.items()} | {"rope_parameters": rope}
+
+
+def entries_of(config: ModelConfig, present=None) -> list[Entry]:
+    """What the files of such a model hold: what is loaded, and what MTP modules repeat.
+
+    present: the names in the file; None for a file that `save_model` writes.
+    """
+    with torch.device("meta"):
+        state = own_state(Transformer(config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    family = family_of(config, "a test")
+    entries = correspondences(family.rules, shapes, num_blocks(config), present)
+    return entries + copied_entries(family, config, shapes)
+
+
+def partners_of_the_first(rope: RopeConfig) -> set[int]:
+    """The dimensions that a vector along the first one has after it was rotated."""
+    x_1P = torch.eye(1, rope.width)[None, None]
+    turned_1P = rotate(x_1P, rope, Positions(torch.tensor([[1]])))
+    return set(turned_1P.flatten().nonzero().flatten().tolist())
+
+
+def with_frequencies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with the rotary frequencies that older files hold beside the weights."""
+    layers = {name.split("self_attn.")[0] for name in tensors if ".self_attn." in name}
+    return {**tensors, **{f"{x}self_attn.rotary_emb.inv_freq": torch.ones(3) for x in layers}}
 
 
 @torch.no_grad()
-def peer_of(family: str, overrides: dict, seed: int = 0) -> PreTrainedModel:
+def peer_of(
+    family: str, overrides: Mapping, seed: int = 0, auto=AutoModelForCausalLM
+) -> PreTrainedModel:
     """A transformers model in float32, eager throughout, with nothing left at its default."""
-    config = AutoConfig.for_model(family, **overrides)
-    config._attn_implementation = config._experts_implementation = "eager"
-    peer = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    config = AutoConfig.for_model(family, **deepcopy(overrides))  # it writes into dicts it is given
+    for part in (config, config.get_text_config()):
+        part._attn_implementation = part._experts_implementation = "eager"
+    peer = auto.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(seed)
     persistent = peer.state_dict().keys()
     for name, tensor in [*peer.named_parameters(), *peer.named_buffers()]:
@@ -73,9 +112,22 @@ def save(peer: PreTrainedModel, path: Path) -> Path:
     return path
 
 
-def reload(path: Path) -> tuple[PreTrainedModel, dict]:
+def write_peer(family: ModuleType, variant: str, path: Path) -> PreTrainedModel:
+    """The transformers model of one of a family's variants, saved at `path`."""
+    if hasattr(family, "write_peer"):
+        return family.write_peer(path, family.PEERS[variant])
+    peer = peer_of(family.MODEL_TYPES[0], family.PEERS[variant])
+    save(peer, path)
+    return peer
+
+
+def reload_peer(family: ModuleType, path: Path) -> tuple[PreTrainedModel, dict]:
     """A directory as transformers loads it, and what it says was missing or left over."""
-    return AutoModelForCausalLM.from_pretrained(
+    return family.reload_peer(path) if hasattr(family, "reload_peer") else reload(path)
+
+
+def reload(path: Path, auto=AutoModelForCausalLM) -> tuple[PreTrainedModel, dict]:
+    return auto.from_pretrained(
         path,
         dtype=torch.float32,
         attn_implementation="eager",
@@ -89,41 +141,34 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.std()).item()
 
 
-def add_mtp(peer: PreTrainedModel, path: Path, num_modules: int, seed: int = 1):
+@torch.no_grad()
+def add_mtp(peer: PreTrainedModel, path: Path, num_modules: int, seed: int = 1) -> MtpModel:
     """Add random MTP modules to a saved checkpoint under their published names; returns them.
 
-    transformers never writes them, so the names are spelled out here: the layers that follow the
-    last one, experts one by one, embedding and head repeated.
+    transformers never writes them, so the names around the block are spelled out here: the layers
+    that follow the last one, embedding and head repeated. The block is a layer like the others.
     """
-    peer.config.dtype = torch.float32
+    config = peer.config
+    config.dtype, config.num_mtp_layers = torch.float32, num_modules
+    if getattr(config, "layer_types", None) is not None:
+        config.mtp_layer_types = ["full_attention"] * num_modules
+    if getattr(config, "mlp_layer_types", None) is not None:
+        config.mtp_mlp_layer_types = ["sparse"] * num_modules
     modules = MtpModel(peer, num_modules).float().eval()
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for file in path.glob("*.safetensors"):
-        tensors |= load_file(file)
-        file.unlink()
-    (path / "model.safetensors.index.json").unlink()
-    with torch.no_grad():
-        for name, tensor in modules.layers.state_dict().items():
-            randomize(tensor, generator)
-            index, rest = name.split(".", 1)
-            prefix = f"model.layers.{peer.config.num_hidden_layers + int(index)}."
-            rest = rest.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
-            if rest.endswith("experts.gate_up_proj"):
-                for expert, gate_up in enumerate(tensor):
-                    gate, up = gate_up.chunk(2)
-                    tensors[f"{prefix}mlp.experts.{expert}.gate_proj.weight"] = gate.clone()
-                    tensors[f"{prefix}mlp.experts.{expert}.up_proj.weight"] = up.clone()
-            elif rest.endswith("experts.down_proj"):
-                for expert, down in enumerate(tensor):
-                    tensors[f"{prefix}mlp.experts.{expert}.down_proj.weight"] = down.clone()
-            else:
-                tensors[prefix + rest] = tensor.clone()
-            tensors[prefix + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-            tensors[prefix + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
-    config["num_nextn_predict_layers"] = num_modules
-    config.pop("num_mtp_layers", None)
-    (path / "config.json").write_text(json.dumps(config))
+    tensors, held = tensors_of(path), {}
+    for name, tensor in modules.layers.state_dict().items():
+        randomize(tensor, generator)
+        index, rest = name.split(".", 1)
+        prefix = f"model.layers.{config.num_hidden_layers + int(index)}."
+        rest = rest.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
+        held[prefix + rest] = tensor
+        tensors[prefix + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[prefix + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    published = revert_weight_conversion(peer, held)
+    write_tensors(path, tensors | {name: tensor.clone() for name, tensor in published.items()})
+    changed = json.loads((path / "config.json").read_text())
+    changed["num_nextn_predict_layers"] = num_modules
+    changed.pop("num_mtp_layers", None)
+    (path / "config.json").write_text(json.dumps(changed))
     return modules

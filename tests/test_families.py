@@ -1,362 +1,306 @@
-"""Published config.json files of the DeepSeek family say what these models are known to be."""
+"""Every family has its test file, and what that says of the family in data holds.
 
-import math
+A file tests/families/test_<adapter>.py has, as data:
+
+  MODEL_TYPES  the model_types of the adapter
+  PUBLISHED    release -> its config.json
+  FIGURES      release -> billions of parameters: all (MTP modules apart), used per token, of them
+               without the input embedding; None where it is not known
+  NAMES        tensor -> shape, written by hand, of the first release: what is there once, one layer
+               of each kind (of its experts the first and the last), one MTP module
+  PEERS        variant -> what makes the family's transformers config a tiny model; test_parity.py
+               goes through them. Without any, the file has its own `test_logits_equal_...`
+  layouts      a tiny checkpoint's tensors as transformers writes them -> the same content in every
+               other layout that the adapter accepts, by name
+
+and a `test_trap_<number>_...` for each of the known places where implementations part ways.
+"""
+
+import ast
+import io
+import json
+import re
+import tokenize
+from contextlib import suppress
 from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 import torch
-from files import REMOVED
+from files import tensors_of, write_tensors
+from published import entries_of, family_tests, write_peer
+from traps import hollow, read
 
-from checkpoints.config_file import Fields
-from checkpoints.families import FAMILIES
-from modeling import DenseConfig, ModelConfig, Transformer
-from moe import ConfigError, MoEConfig
+from checkpoints import CheckpointError, load_model, read_config, unread_keys
+from checkpoints.families import FAMILIES, MECHANISMS, NOT_YET
+from modeling import DenseConfig, ModelConfig
 from tools.describe import count_parameters
+from tools.make_tiny import CONFIGS
 
-YARN = {
-    "type": "yarn",
-    "factor": 40,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
-V3 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "ep_size": 1,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": YARN,
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
-KIMI_K2 = V3 | {
-    "model_type": "kimi_k2",
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 131072,
-    "n_group": 1,
-    "n_routed_experts": 384,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "num_nextn_predict_layers": 0,
-    "rope_scaling": YARN | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
-    "rope_theta": 50000.0,
-    "routed_scaling_factor": 2.827,
-    "topk_group": 1,
-    "vocab_size": 163840,
-}
-MOONLIGHT = V3 | {
-    "first_k_dense_replace": 1,
-    "hidden_size": 2048,
-    "intermediate_size": 11264,
-    "max_position_embeddings": 8192,
-    "moe_intermediate_size": 1408,
-    "n_group": 1,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_attention_heads": 16,
-    "num_experts_per_tok": 6,
-    "num_hidden_layers": 27,
-    "num_key_value_heads": 16,
-    "num_nextn_predict_layers": 0,
-    "q_lora_rank": None,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 50000.0,
-    "routed_scaling_factor": 2.446,
-    "topk_group": 1,
-    "vocab_size": 163840,
-}
-V2 = V3 | {
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "model_type": "deepseek_v2",
-    "aux_loss_alpha": 0.001,
-    "first_k_dense_replace": 1,
-    "hidden_size": 5120,
-    "intermediate_size": 12288,
-    "moe_intermediate_size": 1536,
-    "n_routed_experts": 160,
-    "n_shared_experts": 2,
-    "norm_topk_prob": False,
-    "num_experts_per_tok": 6,
-    "num_hidden_layers": 60,
-    "num_nextn_predict_layers": REMOVED,
-    "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
-    "routed_scaling_factor": 16.0,
-    "scoring_func": "softmax",
-    "seq_aux": True,
-    "topk_group": 3,
-    "topk_method": "group_limited_greedy",
-    "vocab_size": 102400,
-}
-V2_LITE = V2 | {
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "n_group": 1,
-    "n_routed_experts": 64,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 27,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "routed_scaling_factor": 1.0,
-    "topk_group": 1,
-    "topk_method": "greedy",
-}
-PUBLISHED = {
-    "V3": V3,
-    "V2": V2,
-    "V2-Lite": V2_LITE,
-    "Kimi-K2": KIMI_K2,
-    "Moonlight": MOONLIGHT,
-}
-every_model = pytest.mark.parametrize("published", PUBLISHED.values(), ids=PUBLISHED)
+ROOT = Path(__file__).parent.parent
+MODULES = family_tests()
+every_family = pytest.mark.parametrize("family", MODULES, ids=lambda module: module.__name__[5:])
+RELEASES = [
+    pytest.param(family, name, id=f"{family.__name__[5:]}: {name}")
+    for family in MODULES
+    for name in getattr(family, "PUBLISHED", {})
+]
+every_release = pytest.mark.parametrize(("family", "release"), RELEASES)
 
 
-def read(published: dict, **changes) -> ModelConfig:
-    raw = {key: value for key, value in (published | changes).items() if value is not REMOVED}
-    return FAMILIES[raw["model_type"]].read_config(Fields(raw))
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_exactly_one_file_tests_a_family_and_is_named_after_its_adapter(model_type):
+    (family,) = [module for module in MODULES if model_type in module.MODEL_TYPES]
+    adapters = ROOT / "checkpoints" / "families"
+    assert (adapters / f"{family.__name__.removeprefix('test_')}.py").is_file()
 
 
-def read_yarn(**changes):
-    """The rope of a V3 whose YaRN differs."""
-    scaling = {key: value for key, value in (YARN | changes).items() if value is not REMOVED}
-    return read(V3, rope_scaling=scaling).layers[0].attention.rope
+@every_family
+def test_nothing_is_left_unsaid_of_a_family(family):
+    for name in ("MODEL_TYPES", "PUBLISHED", "FIGURES", "NAMES"):
+        assert getattr(family, name), name
+    assert set(family.MODEL_TYPES) <= FAMILIES.keys()
+    assert family.FIGURES.keys() == family.PUBLISHED.keys()
+    assert {raw["model_type"] for raw in family.PUBLISHED.values()} == set(family.MODEL_TYPES)
+    own_parity = any(name.startswith("test_logits_equal") for name in dir(family))
+    assert family.PEERS or own_parity
+    assert callable(family.layouts)
+    traps = [name for name in dir(family) if name.startswith("test_trap_")]
+    assert traps
+    assert all(re.match(r"test_trap_\d\d_\w", name) for name in traps)
 
 
-def modern(published: dict) -> dict:
-    """The same in the spelling that newer files use."""
-    scaling = dict(published["rope_scaling"] or {"type": "default"})
-    rope = {"rope_type": scaling.pop("type"), "rope_theta": published["rope_theta"], **scaling}
-    renamed = {
-        "torch_dtype": "dtype",
-        "num_nextn_predict_layers": "num_mtp_layers",
-        "n_routed_experts": "num_local_experts",
-    }
-    kept = {k: v for k, v in published.items() if k not in ("rope_theta", "rope_scaling")}
-    return {renamed.get(k, k): v for k, v in kept.items()} | {"rope_parameters": rope}
+# --- configs
 
 
-@every_model
-def test_old_and_new_spelling_describe_the_same_model(published):
-    assert read(published) == read(modern(published))
+@every_release
+def test_a_published_config_is_read_and_leaves_out_nothing_that_matters(tmp_path, family, release):
+    raw = family.PUBLISHED[release]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert read_config(tmp_path) == read(raw)
+    for key in MECHANISMS.keys() & set(unread_keys(tmp_path)):
+        assert raw[key] is not True, key
+        assert raw[key] in (None, False, [], 0, 1, "default"), key
 
 
-@pytest.mark.parametrize("other", [{"rope_theta": 3.0}, {"rope_scaling": YARN | {"factor": 7}}])
-def test_what_stands_in_rope_parameters_wins(other):
-    assert read(modern(V3) | other) == read(V3)
-
-
-@pytest.mark.parametrize("nothing", [REMOVED, None, {}])
-def test_without_scaling_rope_is_plain(nothing):
-    rope = read(V3, rope_scaling=nothing).layers[0].attention.rope
-    assert (rope.theta, rope.width, rope.layout) == (10000.0, 64, "interleaved")
-    assert (rope.yarn, rope.amplitude, rope.softmax_multiplier) == (None, 1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("published", "multiplier", "theta", "betas"),
-    [
-        (V3, 1.873854, 1e4, (32, 1)),
-        (V2, 1.589626, 1e4, (32, 1)),
-        (V2_LITE, 1.589626, 1e4, (32, 1)),
-        (KIMI_K2, 1.813260, 5e4, (1, 1)),
-        (MOONLIGHT, 1.0, 5e4, None),
-    ],
-    ids=["V3", "V2", "V2-Lite", "Kimi-K2", "Moonlight"],
-)
-def test_yarn_multiplies_the_softmax_scale_once_and_leaves_cos_and_sin(
-    published, multiplier, theta, betas
+@every_family
+def test_a_key_that_changes_other_families_is_read_or_refused_and_never_passed_over(
+    tmp_path, family
 ):
-    attention = read(published, num_hidden_layers=1, first_k_dense_replace=1).layers[0].attention
-    assert attention.rope.softmax_multiplier == pytest.approx(multiplier, abs=5e-7)
-    assert attention.rope.amplitude == 1.0
-    assert attention.rope.theta == theta
-    yarn = attention.rope.yarn
-    assert betas == (yarn and (yarn.beta_fast, yarn.beta_slow))
-    assert yarn is None or yarn.original_length == 4096
-    with torch.device("meta"):
-        model = Transformer(read(published, num_hidden_layers=1, first_k_dense_replace=1))
-    assert model.layers[0].attention.scale == pytest.approx(multiplier / math.sqrt(192), rel=1e-6)
+    raw = next(iter(family.PUBLISHED.values()))
+    for key in MECHANISMS:
+        for something in (True, 7, 0.25, [1], "some"):
+            (tmp_path / "config.json").write_text(json.dumps(raw | {key: something}))
+            with suppress(CheckpointError):
+                assert key not in unread_keys(tmp_path), (key, something)
 
 
-G = 0.1 * math.log(40) + 1
+@every_release
+def test_parameters_add_up_to_the_known_totals(family, release):
+    """To the last digit that is known."""
+    counted = count_parameters(hollow(family.PUBLISHED[release]))
+    kinds = ("total", "active", "active_without_embedding")
+    for kind, known in zip(kinds, family.FIGURES[release], strict=True):
+        if known is not None:
+            digits = len(str(known).partition(".")[2])
+            assert counted[kind] / 1e9 == pytest.approx(known, abs=0.501 * 10**-digits), kind
 
 
-@pytest.mark.parametrize(
-    ("changes", "amplitude", "multiplier"),
-    [
-        ({"mscale": REMOVED, "mscale_all_dim": REMOVED}, G, 1.0),
-        ({"mscale": 1.0, "mscale_all_dim": 0}, G, 1.0),
-        ({"mscale": 0, "mscale_all_dim": 1.0}, G, G**2),
-        ({"mscale": 2.0, "mscale_all_dim": 1.0}, (2 * G - 1) / G, G**2),
-        ({"attention_factor": 0.5}, 0.5, G**2),
-        ({"attention_factor": 1.0, "mscale": REMOVED, "mscale_all_dim": REMOVED}, 1.0, 1.0),
-        ({"attention_factor": None}, 1.0, G**2),
-        ({"factor": 1.0, "mscale": REMOVED, "mscale_all_dim": REMOVED}, 1.0, 1.0),
-    ],
-)
-def test_amplitude_and_multiplier_follow_the_scaling(changes, amplitude, multiplier):
-    rope = read_yarn(**changes)
-    assert rope.amplitude == pytest.approx(amplitude)
-    assert rope.softmax_multiplier == pytest.approx(multiplier)
+@pytest.mark.parametrize("model_type", sorted(NOT_YET))
+def test_what_only_looks_like_a_family_is_refused_by_name(tmp_path, model_type):
+    raw = CONFIGS["deepseek_v3"] | {"model_type": model_type}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(
+        CheckpointError, match=f"model_type {model_type} is not supported"
+    ) as caught:
+        read_config(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
-def test_the_ramp_of_yarn_has_defaults():
-    rope = read_yarn(beta_fast=REMOVED, beta_slow=REMOVED)
-    assert (rope.yarn.beta_fast, rope.yarn.beta_slow, rope.yarn.truncate) == (32, 1, True)
-    assert not read_yarn(truncate=False).yarn.truncate
+# --- names
 
 
-@every_model
-def test_norms_inside_the_attention_keep_their_own_epsilon(published):
-    config = read(published, rms_norm_eps=1e-5)
-    assert config.norm_epsilon == 1e-5
-    assert {layer.attention.latent_norm_epsilon for layer in config.layers} == {1e-6}
+@every_family
+def test_the_files_of_a_release_are_read_to_the_last_name(family):
+    config = read(next(iter(family.PUBLISHED.values())))
+    expected = expanded(family.NAMES, config)
+    loaded = entries_of(config, present=expected.keys())
+    assert {entry.published: list(entry.shape) for entry in loaded} == expected
 
 
-@pytest.mark.parametrize(
-    ("published", "width"),
-    [(V3, 2048), (V2, 3072), (V2_LITE, 2816), (MOONLIGHT, 2816)],
-    ids=["V3", "V2", "V2-Lite", "Moonlight"],
-)
-def test_shared_experts_are_one_of_their_summed_width(published, width):
-    assert read(published).layers[-1].feed_forward.shared_width == width
+@every_family
+def test_what_is_saved_has_the_names_of_the_release(family):
+    config = read(next(iter(family.PUBLISHED.values())))
+    short = replace(config, layers=config.layers[:4])
+    saved = {kind_of(entry.published): list(entry.shape) for entry in entries_of(short)}
+    assert saved == {kind_of(name): shape for name, shape in family.NAMES.items()}
 
 
-@pytest.mark.parametrize("none", [0, None, REMOVED])
-def test_there_may_be_no_shared_expert(none):
-    assert read(V3, n_shared_experts=none).layers[-1].feed_forward.shared_width == 0
+def kind_of(name: str) -> str:
+    """The same for names that differ in their numbers alone."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
 
 
-@pytest.mark.parametrize(
-    ("published", "first_sparse", "num_layers", "num_mtp"),
-    [
-        (V3, 3, 61, 1),
-        (V2, 1, 60, 0),
-        (KIMI_K2, 1, 61, 0),
-        (V3 | {"first_k_dense_replace": 0, "num_nextn_predict_layers": 3}, 0, 61, 3),
-        (V3 | {"first_k_dense_replace": 61}, 61, 61, 1),
-    ],
-)
-def test_dense_layers_come_first_and_mtp_modules_are_no_main_layers(
-    published, first_sparse, num_layers, num_mtp
-):
-    config = read(published)
-    kinds = [type(layer.feed_forward) for layer in config.layers]
-    assert kinds == [DenseConfig] * first_sparse + [MoEConfig] * (num_layers - first_sparse)
-    assert [type(block.feed_forward) for block in config.mtp] == [MoEConfig] * num_mtp
-    with torch.device("meta"):
-        model = Transformer(replace(config, layers=config.layers[:5]))
-    assert list(model.mtp) == [str(5 + j) for j in range(num_mtp)]
+LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
+EXPERT = re.compile(r"(.*\bexperts\.)(\d+)(\..*)")
 
 
-def test_v3_routes_by_biased_sigmoids_in_groups():
-    assert read(V3).layers[-1].feed_forward == MoEConfig(
-        num_experts=256,
-        top_k=8,
-        expert_width=2048,
-        scoring="sigmoid",
-        selection_bias=True,
-        num_groups=8,
-        groups_kept=4,
-        group_score="top2_sum",
-        normalize=True,
-        normalize_epsilon=1e-20,
-        scale=2.5,
-        shared_width=2048,
-    )
+def expanded(names: dict[str, list[int]], config: ModelConfig) -> dict[str, list[int]]:
+    """All tensors of a model, of which one layer of each kind and two of its experts are listed."""
+    kinds = kinds_of_layers(config)
+    found = {}
+    for name, shape in names.items():
+        layer = LAYER.fullmatch(name)
+        if layer is None:
+            found[name] = shape
+            continue
+        like = [i for i, kind in enumerate(kinds) if kind == kinds[int(layer[2])]]
+        for i in like:
+            found |= {n: shape for n in all_experts(f"{layer[1]}{i}{layer[3]}", config, i)}
+    return found
 
 
-@pytest.mark.parametrize("published", [KIMI_K2, MOONLIGHT], ids=["Kimi-K2", "Moonlight"])
-def test_one_group_is_no_limit(published):
-    moe = read(published).layers[-1].feed_forward
-    assert (moe.num_groups, moe.groups_kept) == (1, 1)
-    assert (moe.scoring, moe.selection_bias, moe.normalize) == ("sigmoid", True, True)
-    assert moe.scale == published["routed_scaling_factor"]
+def all_experts(name: str, config: ModelConfig, layer: int) -> list[str]:
+    expert = EXPERT.fullmatch(name)
+    if expert is None:
+        return [name]
+    count = (*config.layers, *config.mtp)[layer].feed_forward.num_experts
+    assert int(expert[2]) in (0, count - 1), "the first or the last one"
+    return [f"{expert[1]}{e}{expert[3]}" for e in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("method", "groups"), [("greedy", (1, 1)), ("group_limited_greedy", (8, 3))]
-)
-def test_v2_has_groups_only_where_its_method_limits_them(method, groups):
-    moe = read(V2, topk_method=method).layers[-1].feed_forward
-    assert (moe.num_groups, moe.groups_kept) == groups
-    assert moe.group_score == "max"
-    assert (moe.scoring, moe.selection_bias, moe.normalize) == ("softmax", False, False)
-    assert moe.scale == 16.0
+def kinds_of_layers(config: ModelConfig) -> list[str]:
+    kinds = [
+        "dense" if isinstance(x.feed_forward, DenseConfig) else "sparse" for x in config.layers
+    ]
+    return kinds + ["mtp"] * len(config.mtp)
 
 
-def test_v3_may_rotate_half_split_pairs():
-    assert read(V3, rope_interleave=False).layers[0].attention.rope.layout == "half"
+@every_family
+def test_a_layer_of_each_kind_is_written_down(family):
+    config = read(next(iter(family.PUBLISHED.values())))
+    kinds = kinds_of_layers(config)
+    listed = {int(match[2]) for name in family.NAMES if (match := LAYER.fullmatch(name))}
+    assert sorted(kinds[layer] for layer in listed) == sorted(set(kinds))
 
 
-def test_a_half_of_v2_cannot_read_the_other_family():
-    with pytest.raises(ConfigError, match="scoring_func = 'sigmoid'"):
-        read(V3, model_type="deepseek_v2")
-    with pytest.raises(ConfigError, match="scoring_func = 'softmax'"):
-        read(V2, model_type="deepseek_v3")
+# --- layouts
 
 
-FIGURES = {  # parameters in billions: all, used per token, of them not the input embedding
-    "V3": (V3, 671.026, 37.55, 36.63),
-    "V2": (V2, 235.741, 21.38, 20.85),
-    "V2-Lite": (V2_LITE, 15.706, 2.66, 2.45),
-    "Kimi-K2": (KIMI_K2, 1026.4, 32.86, 31.69),
-    "Moonlight": (MOONLIGHT, 15.96, 2.91, 2.58),
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, pristine):
+    """written(family): a tiny checkpoint as transformers writes it, or as we do where it cannot."""
+    paths: dict[str, Path] = {}
+
+    def checkpoint(family) -> Path:
+        name = family.__name__
+        if name not in paths and family.PEERS:
+            paths[name] = tmp_path_factory.mktemp(name) / "peer"
+            write_peer(family, next(iter(family.PEERS)), paths[name])
+        elif name not in paths:
+            paths[name] = pristine(family.MODEL_TYPES[0])
+        return paths[name]
+
+    return checkpoint
+
+
+def rewritten(path: Path, target: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    target.mkdir(exist_ok=True)
+    (target / "config.json").write_text((path / "config.json").read_text())
+    write_tensors(target, tensors)
+    return target
+
+
+@pytest.mark.filterwarnings("ignore:the config announces")
+@every_family
+def test_every_layout_loads_to_the_same_model_to_the_bit(tmp_path, written, family):
+    path = written(family)
+    expected = load_model(path, progress=False).state_dict()
+    layouts = family.layouts(tensors_of(path))
+    assert layouts
+    for layout, tensors in layouts.items():
+        assert tensors.keys() != tensors_of(path).keys(), layout
+        state = load_model(
+            rewritten(path, tmp_path / "other", tensors), progress=False
+        ).state_dict()
+        assert state.keys() == expected.keys()
+        for name, tensor in state.items():
+            assert tensor.equal(expected[name]), (layout, name)
+
+
+@pytest.mark.filterwarnings("ignore:the config announces")
+@every_family
+def test_trap_28_no_layout_is_read_with_a_tensor_missing_or_left_over(tmp_path, written, family):
+    """One tensor of every kind taken away, then one that nothing knows of added."""
+    path, tried = written(family), set()
+    for tensors in (tensors_of(path), *family.layouts(tensors_of(path)).values()):
+        needed = one_of_each_kind(tensors, FAMILIES[family.MODEL_TYPES[0]].ignored)
+        for name in needed - tried:
+            fewer = {key: tensor for key, tensor in tensors.items() if key != name}
+            with pytest.raises(CheckpointError, match=r"do not fit config.json: [1-9]"):
+                load_model(rewritten(path, tmp_path / "other", fewer), progress=False)
+        more = tensors | {"model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(2)}
+        with pytest.raises(CheckpointError, match=r"q_proj.weight_scale_inv is "):
+            load_model(rewritten(path, tmp_path / "other", more), progress=False)
+        tried |= needed
+
+
+def one_of_each_kind(tensors, ignored: tuple[str, ...]) -> set[str]:
+    """One name of those that differ in their numbers alone, the ignored ones left out."""
+    needed = [name for name in tensors if not any(fnmatchcase(name, known) for known in ignored)]
+    return set({kind_of(name): name for name in sorted(needed)}.values())
+
+
+# --- where knowledge of families stands
+
+
+ADAPTERS = sorted((ROOT / "checkpoints" / "families").glob("*.py"))
+SHARED = ("__init__", "deepseek", "llama")  # no families themselves
+
+
+@pytest.mark.parametrize("file", ADAPTERS, ids=lambda file: file.stem)
+def test_an_adapter_has_at_most_130_lines(file):
+    if file.stem not in SHARED:
+        assert len(file.read_text().splitlines()) <= 130
+
+
+SOURCES = [*ROOT.glob("moe/*.py"), *ROOT.glob("modeling/*.py")]
+NAMES_OF_FAMILIES = {
+    *FAMILIES,
+    *NOT_YET,
+    *("deepseek", "dots", "ernie", "flex", "glm", "gpt", "granite", "granitemoe", "hunyuan"),
+    *("hy3", "kimi", "llama", "minimax", "mistral", "mixtral", "moonlight", "moonshot"),
+    *("olmo", "olmoe", "oss", "qwen", "solar", "transformers"),
 }
 
 
-@pytest.mark.parametrize(("published", "all_", "active", "inner"), FIGURES.values(), ids=FIGURES)
-def test_parameters_add_up_to_the_published_totals(published, all_, active, inner):
-    with torch.device("meta"):
-        model = Transformer(read(published))
-    counted = count_parameters(model)
-    assert counted["total"] / 1e9 == pytest.approx(all_, abs=0.05 if all_ > 1000 else 0.005)
-    assert counted["active"] / 1e9 == pytest.approx(active, abs=0.006)
-    assert counted["active_without_embedding"] / 1e9 == pytest.approx(inner, abs=0.006)
-    if model.mtp:
-        assert counted["mtp"] / 1e9 == pytest.approx(11.6, abs=0.1)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_the_core_names_no_family_outside_its_remarks(source):
+    words = words_of_code(source.read_text())
+    assert words
+    assert not words & NAMES_OF_FAMILIES
+
+
+def words_of_code(text: str) -> set[str]:
+    """Every word of names and strings, lower case, without comments and docstrings."""
+    tree = ast.parse(text)
+    remarks = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            remarks |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    words = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.start[0] not in remarks and token.type in (tokenize.NAME, tokenize.STRING):
+            spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", token.string).lower()
+            identifiers = re.findall(r"[a-z0-9_]+", spaced)
+            words |= {*identifiers, *(part for word in identifiers for part in word.split("_"))}
+            words |= {re.sub(r"\d+$", "", part) for word in identifiers for part in word.split("_")}
+    return words
 
 
 @pytest.mark.parametrize(
-    ("published", "nbytes"), [(V3, 70_272), (V2, 69_120), (V2_LITE, 31_104), (KIMI_K2, 70_272)]
+    "line", ["x = qwen2_moe", 'kind = "DeepseekV3"', "def glm(): pass", "x.mixtral_scale = 1"]
 )
-def test_the_cache_holds_what_is_published_per_token(published, nbytes):
-    with torch.device("meta"):
-        model = Transformer(read(published)).to(torch.bfloat16)
-        assert model.make_cache(1, 1).nbytes == nbytes
+def test_the_names_of_families_would_be_found(line):
+    assert words_of_code(line) & NAMES_OF_FAMILIES

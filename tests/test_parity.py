@@ -1,119 +1,95 @@
 """Our logits are those of transformers, through its files and our loader, however fed.
 
-`pytest tests/test_parity.py -rP` prints the differences.
+Every variant of every family that transformers has; `pytest tests/test_parity.py -rP` prints the
+differences as a table, in units of the logits' standard deviation.
 """
 
 import pytest
 import torch
-from published import YARN, random_peer, relative_difference, reload, save
+from published import family_tests, relative_difference, reload_peer, write_peer
 
 from checkpoints import load_model, save_model
-from moe import record_routing
+from modeling import GQAConfig, Transformer
+from moe import Router, record_routing
 
 BOUND = 1e-4
-
-V2 = {
-    "greedy": {"topk_method": "greedy", "q_lora_rank": None},
-    "greedy, compressed queries": {"topk_method": "greedy", "q_lora_rank": 22},
-    "groups": {
-        "topk_method": "group_limited_greedy",
-        "n_group": 4,
-        "topk_group": 2,
-        "q_lora_rank": None,
-        "routed_scaling_factor": 16.0,
-    },
-    "groups, compressed queries": {
-        "topk_method": "group_limited_greedy",
-        "n_group": 3,
-        "topk_group": 1,
-        "q_lora_rank": 22,
-    },
-}
-V3 = {
-    "groups, normalised": {
-        "n_group": 4,
-        "topk_group": 2,
-        "norm_topk_prob": True,
-        "q_lora_rank": 22,
-    },
-    "groups, not normalised": {
-        "n_group": 3,
-        "topk_group": 2,
-        "norm_topk_prob": False,
-        "q_lora_rank": None,
-    },
-    "one group, biases": {
-        "n_group": 1,
-        "topk_group": 1,
-        "q_lora_rank": 22,
-        "attention_bias": True,
-        "routed_scaling_factor": 2.446,
-    },
-    "half-split pairs, narrow values": {
-        "n_group": 2,
-        "topk_group": 1,
-        "q_lora_rank": 22,
-        "rope_interleave": False,
-        "v_head_dim": 10,
-    },
-    "tied": {"n_group": 2, "topk_group": 2, "q_lora_rank": 22, "tie_word_embeddings": True},
-}
+LENGTH, CHUNKS = 41, [5, 1, 20, 15]
+WAYS = ("whole", "chunks", "steps", "reloaded")
 CASES = [
-    pytest.param(family, {**changes, "rope_parameters": rope}, id=f"{family}: {name}, {kind}")
-    for family, variants in (("deepseek_v2", V2), ("deepseek_v3", V3))
-    for name, changes in variants.items()
-    for kind, rope in (("yarn", YARN), ("plain rope", {"rope_type": "default", "rope_theta": 5e4}))
+    pytest.param(family, variant, id=f"{family.MODEL_TYPES[0]}: {variant}")
+    for family in family_tests()
+    for variant in family.PEERS
 ]
-MOONLIGHT = {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
 
 
-@pytest.fixture
-def tokens_BT() -> torch.Tensor:
-    return torch.randint(103, (2, 41), generator=torch.Generator().manual_seed(7))
+@pytest.fixture(scope="module")
+def table():
+    """The differences found, by test; printed behind the last one."""
+    rows: dict[str, dict[str, float]] = {}
+    yield rows
+    width = max(map(len, rows), default=0)
+    print(f"\n{'':{width}}  " + "  ".join(f"{way:>8}" for way in WAYS))
+    for case, found in rows.items():
+        print(f"{case:{width}}  " + "  ".join(f"{found[way]:8.1e}" for way in WAYS))
 
 
 @pytest.mark.filterwarnings("ignore:the config announces")
-@pytest.mark.parametrize(("family", "changes"), CASES)
+@pytest.mark.parametrize(("family", "variant"), CASES)
 @torch.no_grad()
-def test_logits_equal_those_of_transformers(tmp_path, tokens_BT, family, changes):
-    peer = random_peer(family, **changes)
-    model = load_model(save(peer, tmp_path / "peer"), progress=False)
-    expected_BTV = peer(tokens_BT).logits
+def test_logits_and_chosen_experts_equal_those_of_transformers(tmp_path, table, family, variant):
+    peer = write_peer(family, variant, tmp_path / "peer")
+    model = load_model(tmp_path / "peer", progress=False)
+    check_telling(model)
+    generator = torch.Generator().manual_seed(7)
+    tokens_BT = torch.randint(model.config.vocab_size, (2, LENGTH), generator=generator)
+    expected_BTV, expected_experts = logits_and_experts(peer, tokens_BT)
     assert expected_BTV.std() > 0.1
 
-    whole_BTV = model(tokens_BT)
-    cache = model.make_cache(2, 41)
-    chunks = [model(chunk, cache=cache) for chunk in tokens_BT.split([5, 1, 20, 15], dim=1)]
-    cache = model.make_cache(2, 41)
-    steps = [model(token, cache=cache) for token in tokens_BT.split(1, dim=1)]
-    save_model(model, tmp_path / "ours")
-    again, info = reload(tmp_path / "ours")
-    assert not any(info.values()), info
-    ways = {
-        "whole": whole_BTV,
-        "chunks": torch.cat(chunks, dim=1),
-        "steps": torch.cat(steps, dim=1),
-        "saved and read by transformers": again(tokens_BT).logits,
-    }
-    found = {way: relative_difference(ours, expected_BTV) for way, ours in ways.items()}
-    print("".join(f"{way} {difference:.1e}  " for way, difference in found.items()))
-    assert max(found.values()) < BOUND
-
-
-@pytest.mark.filterwarnings("ignore:the config announces")
-@torch.no_grad()
-def test_routed_experts_are_the_same_set(tmp_path, tokens_BT):
-    peer = random_peer("deepseek_v3", **V3["groups, normalised"])
-    bias_E = peer.model.layers[1].mlp.gate.e_score_correction_bias
-    assert bias_E.min() < -0.1
-    assert bias_E.max() > 0.1
-    model = load_model(save(peer, tmp_path / "peer"), progress=False)
-    chosen = {}
-    for i, layer in enumerate(peer.model.layers[1:], start=1):
-        layer.mlp.gate.register_forward_hook(lambda m, x, out, i=i: chosen.__setitem__(i, out[2]))
-    peer(tokens_BT)
     with record_routing(model) as routings:
-        model(tokens_BT)
-    assert routings.keys() == chosen.keys()
-    for i, expected_NK in chosen.items():
-        assert routings[i].experts_NK.sort().values.equal(expected_NK.sort().values)
+        whole_BTV = model(tokens_BT)
+    save_model(model, tmp_path / "ours")
+    again, info = reload_peer(family, tmp_path / "ours")
+    assert not any(info.values()), info
+    found = {
+        "whole": whole_BTV,
+        "chunks": cached(model, tokens_BT, CHUNKS),
+        "steps": cached(model, tokens_BT, [1] * LENGTH),
+        "reloaded": again(tokens_BT).logits,
+    }
+    table[f"{family.MODEL_TYPES[0]}: {variant}"] = differences = {
+        way: relative_difference(logits_BTV, expected_BTV) for way, logits_BTV in found.items()
+    }
+    assert max(differences.values()) < BOUND, differences
+    assert len(routings) == len(expected_experts) > 0
+    for routing, expected_NK in zip(routings.values(), expected_experts, strict=True):
+        assert routing.experts_NK.sort().values.equal(expected_NK.sort().values)
+
+
+def logits_and_experts(peer, tokens_BT):
+    """Of transformers; the experts as its routers return them, behind logits and weights."""
+    recorder = peer.get_decoder()._can_record_outputs["router_logits"]
+    routers = [m for m in peer.modules() if isinstance(m, recorder.target_class)]
+    chosen: dict[int, torch.Tensor] = {}
+    for i, router in enumerate(routers):
+        router.register_forward_hook(lambda m, x, out, i=i: chosen.__setitem__(i, out[2]))
+    logits_BTV = peer(tokens_BT).logits
+    return logits_BTV, [chosen[i] for i in range(len(routers))]
+
+
+def cached(model: Transformer, tokens_BT, lengths: list[int]):
+    """Logits of tokens that come in pieces of these lengths."""
+    cache = model.make_cache(len(tokens_BT), LENGTH)
+    pieces = [model(piece_BT, cache=cache) for piece_BT in tokens_BT.split(lengths, dim=1)]
+    return torch.cat(pieces, dim=1)
+
+
+def check_telling(model: Transformer) -> None:
+    """Windows end within the text, and biases of both signs tell excluded groups from bad ones."""
+    attentions = [layer.attention for layer in model.config.layers]
+    windows = [a.window for a in attentions if isinstance(a, GQAConfig) and a.window]
+    assert max(windows, default=0) < LENGTH
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    biases = [router.selection_bias for router in routers if router.selection_bias is not None]
+    if biases:
+        assert torch.cat(biases).min() < -0.1
+        assert torch.cat(biases).max() > 0

@@ -3,7 +3,8 @@
 For tests and for trying tools: everything that a published checkpoint has, in a few hundred
 kilobytes: config.json, several weight shards with their index, MTP modules where the family has
 them, a sentencepiece tokenizer. All values are finite, and none is a default: norms, biases and
-selection biases are random too, so that leaving one out shows.
+selection biases are random too, so that leaving one out shows. What is tiny about each family
+stands in `tiny/`, one config.json each, with every mechanism that the family has.
 """
 
 import argparse
@@ -20,77 +21,9 @@ from modeling import Transformer
 
 from .corpus import train_vocabulary
 
-YARN = {
-    "type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 0.7,
-    "mscale_all_dim": 0.7,
-}
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "n_group": 4,
-    "topk_group": 2,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "kv_lora_rank": 20,
-    "q_lora_rank": 28,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "rope_theta": 10000.0,
-    "rope_scaling": YARN,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "torch_dtype": "float32",
-}
-V3 = SIZES | {
-    "model_type": "deepseek_v3",
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "num_nextn_predict_layers": 1,
-}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "deepseek_v2": SIZES
-    | {
-        "model_type": "deepseek_v2",
-        "architectures": ["DeepseekV2ForCausalLM"],
-        "scoring_func": "softmax",
-        "topk_method": "group_limited_greedy",
-        "norm_topk_prob": False,
-        "routed_scaling_factor": 16.0,
-    },
-    "deepseek_v3": V3,
-    "kimi_k2": V3
-    | {
-        "model_type": "kimi_k2",
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 2.827,
-        "num_nextn_predict_layers": 0,
-        "rope_theta": 50000.0,
-        "rope_scaling": YARN
-        | {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
-    },
+    file.stem: json.loads(file.read_text())
+    for file in sorted((Path(__file__).parent / "tiny").glob("*.json"))
 }
 
 
@@ -119,7 +52,7 @@ def write_tiny(family: str, path: Path, seed: int = 0, **changes: Any) -> None:
     fresh = path.with_name(path.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     save_model(model, fresh, max_shard_bytes=200_000)
-    vocabulary = train_vocabulary(WORDS, config["vocab_size"])
+    vocabulary = train_vocabulary(WORDS, model.config.vocab_size)
     (fresh / "tokenizer.model").write_bytes(vocabulary)
     fresh.rename(path)
 

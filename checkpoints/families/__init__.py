@@ -54,7 +54,7 @@ NOT_YET = {  # model types that would pass for a family here and are something e
 # Keys that change what a model computes, wherever they are read, and the values that say "without".
 # An adapter that does not read one refuses any other value: nothing is silently ignored.
 MECHANISMS: dict[str, tuple[object, ...]] = {
-    key: (None, False, 0, 1, 1.0, (), "default")
+    key: (None, False, 0, 1, 1.0, [], "default")
     for key in (
         "attention_bias",
         "attention_chunk_size",

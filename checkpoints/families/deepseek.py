@@ -3,7 +3,7 @@
 No family itself; like `llama`, of which it continues the vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +15,12 @@ from ..mapping import Rule
 from . import llama
 
 
-def v3_experts(fields: Fields) -> MoEConfig:
-    """Sigmoid scores, a selection bias, groups scored by their two best experts."""
-    fields.choice("scoring_func", known=["sigmoid"], default="sigmoid")
+def v3_experts(fields: Fields, sigmoid: Sequence[str] = ("sigmoid",)) -> MoEConfig:
+    """Sigmoid scores, a selection bias, groups scored by their two best experts.
+
+    sigmoid: what the family's files call these scores.
+    """
+    fields.choice("scoring_func", known=sigmoid, default="sigmoid")
     fields.choice("topk_method", known=["noaux_tc"], default="noaux_tc")
     return MoEConfig(
         scoring="sigmoid",

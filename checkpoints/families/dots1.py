@@ -17,7 +17,9 @@ def read_config(fields: Fields) -> ModelConfig:
         qk_norm=llama.qk_norm(fields),
         **llama.biases(fields),
     )
-    moe = v3_experts(fields)
+    # the release names V3's whole method where others name the scores
+    moe = v3_experts(fields, sigmoid=("sigmoid", "noaux_tc"))
+    fields.integer("moe_layer_freq", default=1, at_most=1)
     count = llama.num_layers(fields)
     num_dense = fields.integer("first_k_dense_replace", at_least=0, at_most=count)
     layers = [

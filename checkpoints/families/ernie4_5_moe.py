@@ -16,6 +16,7 @@ from .deepseek import dense_and_sparse
 def read_config(fields: Fields) -> ModelConfig:
     """use_bias, which no release sets and which would be everywhere, is not known here."""
     fields.flag_is("use_bias", False)
+    fields.choice("moe_gate_act", known=["softmax"], default="softmax")
     rope = llama.rope_config(fields, llama.head_width(fields), theta=5e5, layout="interleaved")
     attention = llama.grouped_query(fields, rope)
     expert_width = fields.integer("moe_intermediate_size")

@@ -7,7 +7,7 @@ Experts are fused on disk, transposed, and the columns of gate and up alternate.
 from dataclasses import replace
 
 from modeling import LayerConfig, ModelConfig
-from moe import Clamp, MoEConfig
+from moe import Clamp, ConfigError, MoEConfig
 
 from ..config_file import Fields
 from ..mapping import Family, Rule
@@ -15,6 +15,8 @@ from . import llama
 
 
 def read_config(fields: Fields) -> ModelConfig:
+    if llama.rope_section(fields) is None:  # where transformers would stretch rope 32 times
+        raise ConfigError("rope_scaling or rope_parameters is missing")
     bias = fields.flag("attention_bias", default=True)
     attention = llama.grouped_query(
         fields,

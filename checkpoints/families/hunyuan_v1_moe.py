@@ -9,10 +9,21 @@ from ..config_file import Fields
 from ..mapping import Family, Rule
 from . import llama
 
+AS_RELEASED = {  # switches of the model's own code that transformers does not read
+    "group_limited_greedy": False,
+    "position_embedding_xdrope": False,
+    "use_cla": False,
+    "use_mixed_mlp_moe": True,
+    "use_mla": False,
+    "use_qk_norm": True,
+    "use_rotary_pos_emb": True,
+}
+
 
 def read_config(fields: Fields) -> ModelConfig:
-    for key, value in {"use_qk_norm": True, "use_cla": False, "use_mla": False}.items():
+    for key, value in AS_RELEASED.items():
         fields.flag_is(key, value)
+    fields.integer("moe_layer_num_skipped", default=0, at_least=0, at_most=0)
     width = fields.integer("head_dim", "attention_head_dim", default=llama.head_width(fields))
     attention = llama.grouped_query(
         fields,

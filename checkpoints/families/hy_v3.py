@@ -1,4 +1,7 @@
-"""HY3: q/k norms per head before rope, biased sigmoid routing, a dense layer first, MTP."""
+"""HY3: q/k norms per head before rope, biased sigmoid routing, a dense layer first, MTP.
+
+Files hold the tensors of the MTP module without copies of embedding and head.
+"""
 
 from modeling import ModelConfig
 from moe import MoEConfig
@@ -6,12 +9,21 @@ from moe import MoEConfig
 from ..config_file import Fields
 from ..mapping import Family, Rule
 from . import llama
-from .deepseek import MTP_COPIES, dense_and_sparse, num_mtp, with_mtp
+from .deepseek import dense_and_sparse, num_mtp, with_mtp
+
+AS_RELEASED = {  # all but the first are switches of other engines, which transformers does not read
+    "mlp_bias": False,
+    "moe_router_enable_expert_bias": True,
+    "moe_router_use_sigmoid": True,
+    "qk_norm": True,
+    "route_norm": True,
+}
 
 
 def read_config(fields: Fields) -> ModelConfig:
     """enable_moe_fp32_combine changes the rounding of bfloat16 alone, and is not read."""
-    fields.flag_is("mlp_bias", False)
+    for key, value in AS_RELEASED.items():
+        fields.flag_is(key, value)
     fields.has("enable_moe_fp32_combine")
     attention = llama.grouped_query(
         fields,
@@ -49,5 +61,10 @@ SPARSE = (
     *llama.gated("feed_forward.shared.", "mlp.shared_experts."),
 )
 BLOCK = (*llama.NORMS, *llama.ATTENTION, *llama.DENSE, *SPARSE)
+MTP_NORM = Rule("mtp.{layer}.norm.weight", "model.layers.{layer}.final_layernorm.weight")
 
-FAMILY = Family(read_config, with_mtp(BLOCK), MTP_COPIES)
+FAMILY = Family(
+    read_config,
+    (MTP_NORM, *with_mtp(BLOCK)),
+    ignored=("model.layers.*.embed_tokens.weight", "model.layers.*.shared_head.head.weight"),
+)

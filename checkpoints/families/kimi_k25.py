@@ -15,13 +15,18 @@ from . import llama
 from .deepseek import BLOCK
 from .deepseek_v3 import read_config as read_text_config
 
-VISION = ("vision_tower.*", "mm_projector.*", "multi_modal_projector.*")
+VISION = tuple(
+    f"{prefix}{part}.*"
+    for prefix in ("", "model.")  # as published, and as transformers writes some of them
+    for part in ("vision_tower", "mm_projector", "multi_modal_projector")
+)
 
 
 def read_config(fields: Fields) -> ModelConfig:
     text = fields.section("text_config")
     if text is None:
         raise ConfigError("text_config is missing")
+    fields.parts.append(text)
     text.choice("model_type", known=["kimi_k2", "deepseek_v3"])
     # tie_word_embeddings beside text_config is a default of the multimodal class: the text's own
     # says what is so, and its files hold a head
@@ -33,6 +38,10 @@ def read_config(fields: Fields) -> ModelConfig:
 
 
 PREFIX = "language_model."
-RULES = llama.decoder(BLOCK, model=PREFIX + "model.", head=PREFIX)
+RULES = (
+    *llama.decoder(BLOCK, model=PREFIX + "model.", head=PREFIX),
+    # as transformers writes the layers, whose converter takes them for the vision tower's
+    *(rule.under("layers.{layer}.", PREFIX + "model.blocks.{layer}.") for rule in BLOCK),
+)
 
 FAMILY = Family(read_config, RULES, ignored=(*VISION, PREFIX + llama.INV_FREQ))

@@ -4,7 +4,7 @@ The config announces MTP modules (num_mtp_modules) of which no tensor is publish
 """
 
 from modeling import LayerConfig, ModelConfig
-from moe import MoEConfig
+from moe import ConfigError, MoEConfig
 
 from ..config_file import Fields
 from ..mapping import Family, Rule
@@ -18,6 +18,8 @@ def read_config(fields: Fields) -> ModelConfig:
     fields.flag_is("use_qk_norm", True)
     fields.flag_is("use_routing_bias", True)
     fields.integer("shared_intermediate_size", default=0, at_least=0, at_most=0)
+    if 0 in fields.integers("attn_type_list", default=(), at_least=0):
+        raise ConfigError("attn_type_list: expected 1 (full attention) in every layer")
     attention = llama.grouped_query(
         fields,
         llama.rope_config(fields, rotated_width(fields), theta=5e6),
