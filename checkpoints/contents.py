@@ -30,6 +30,7 @@ class Contents:
     weights: dict[str, Weight]  # all that the files hold, by the names they have unquantised
     entries: list[Entry] = field(default_factory=list)  # what the model is made of
     copies: list[Entry] = field(default_factory=list)  # what may repeat one of those
+    heads: list[Entry] = field(default_factory=list)  # of a tied model, where the embedding is one
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # worth telling, and no obstacle
 
@@ -51,7 +52,7 @@ def compare(directory: Path, config: ModelConfig, shards: Shards, mtp: bool = Tr
         return contents
     contents.entries = correspondences(family.rules, shapes, num_blocks(config), weights)
     contents.copies = copied_entries(family, config, shapes)
-    contents.copies += tied_head_entries(family, config, shapes)
+    contents.heads = tied_head_entries(family, config, shapes)
     missing, unexpected = name_differences(contents, skipped, family)
     if errors or shards.problems:  # what is damaged counts as missing
         missing = []
@@ -91,6 +92,11 @@ def own_state(model: Transformer) -> dict[str, Tensor]:
     if model.config.tied_embeddings:
         del state["head.weight"]
     return state
+
+
+def untied(config: ModelConfig) -> ModelConfig:
+    published = dict(config.published) | {"tie_word_embeddings": False}
+    return replace(config, tied_embeddings=False, published=published)
 
 
 MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
@@ -159,7 +165,8 @@ def name_differences(
     needed = {entry.published for entry in contents.entries}
     stored = contents.weights.keys()
     missing = sorted(needed - stored)
-    allowed = needed | set(skipped) | {copy.published for copy in contents.copies}
+    besides = {entry.published for entry in contents.copies + contents.heads}
+    allowed = needed | set(skipped) | besides
     unexpected = [
         name
         for name in sorted(stored - allowed)
@@ -171,7 +178,7 @@ def name_differences(
 def shape_errors(contents: Contents) -> list[str]:
     """Every tensor has the shape that the config gives it."""
     errors = []
-    for entry in contents.entries + contents.copies:
+    for entry in contents.entries + contents.copies + contents.heads:
         weight = contents.weights.get(entry.published)
         if weight is not None and weight.shape != entry.shape:
             errors.append(

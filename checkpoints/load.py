@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from modeling import Transformer
 
-from .contents import Contents, compare
+from .contents import Contents, compare, untied
 from .mapping import Entry
 from .published_config import read_config
 from .shards import READABLE, Shards, open_shards, raise_any
@@ -41,16 +41,22 @@ def load_model(
         raise_any(contents.errors)
         for note in contents.notes:
             warnings.warn(note, stacklevel=2)
-        with torch.device("meta"):
-            model = Transformer(contents.config)
         state = fill(contents, shards, torch.device(device), dtype, progress)
         for copy in contents.copies:
-            if copy.published in contents.weights:
-                check_copy(copy, contents, shards, state)
-    if contents.config.tied_embeddings:
-        state["head.weight"] = state["embed.weight"]
+            if differing(copy, contents, shards, state) is not None:
+                told = f"{copy.published} differs from the tensor it repeats: not used"
+                warnings.warn(told, stacklevel=2)
+        config = contents.config
+        for entry in contents.heads:
+            if (head := differing(entry, contents, shards, state)) is not None:
+                told = f"{entry.published} differs from the embedding that config.json ties it to: "
+                warnings.warn(told + "used as it is stored", stacklevel=2)
+                config, state["head.weight"] = untied(config), head
+    with torch.device("meta"):
+        model = Transformer(config)
+    state.setdefault("head.weight", state["embed.weight"])
     model.load_state_dict(state, strict=True, assign=True)
-    if contents.config.tied_embeddings:
+    if config.tied_embeddings:
         model.head.weight = model.embed.weight
     return model.requires_grad_(False).eval()
 
@@ -93,11 +99,12 @@ def kept_dtypes(
     return dtypes
 
 
-def check_copy(copy: Entry, contents: Contents, shards: Shards, state: dict[str, Tensor]) -> None:
-    """Warn when a tensor that should repeat another one does not."""
+def differing(
+    copy: Entry, contents: Contents, shards: Shards, state: dict[str, Tensor]
+) -> Tensor | None:
+    """A stored tensor that should repeat another one and does not; None if it does or is absent."""
+    if copy.published not in contents.weights:
+        return None
     (own,) = copy.parts(state)
     stored = contents.weights[copy.published].read(shards, own.dtype, own.device)
-    if not torch.equal(stored, own):
-        warnings.warn(
-            f"{copy.published} differs from the tensor it repeats: not used", stacklevel=3
-        )
+    return None if torch.equal(stored, own) else stored.clone()

@@ -59,7 +59,7 @@ def refuse_unread_mechanisms(fields: Fields, family: str) -> None:
     for part in (fields, *fields.parts):
         for key in part.unread():
             value = part.raw[key]
-            if key in MECHANISMS and (value is True or value not in MECHANISMS[key]):
+            if key in MECHANISMS and (value not in MECHANISMS[key]):
                 found = f"{part.where}{key} = {value!r}"
                 raise ConfigError(f"{found} changes the model in a way {family} does not have")
 

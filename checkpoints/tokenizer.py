@@ -1,78 +1,28 @@
-"""Text to token ids and back, with whichever library reads the checkpoint's tokenizer file."""
+"""Text to token ids and back, for one checkpoint: its vocabulary, its BOS, its stop ids."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import sentencepiece
-import tokenizers
-
+from .chat import ChatTemplates, check_unicode
 from .config_file import CheckpointError, check_regular, read_json
 from .shards import some
-
-
-class Vocabulary(Protocol):
-    """What both libraries are brought down to."""
-
-    size: int
-    begins: list[int]  # what the library itself puts before a text
-
-    def encode(self, text: str, special: bool) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def find(self, piece: str) -> int | None: ...
-
-
-class SentencePieces:
-    """A sentencepiece `tokenizer.model`."""
-
-    def __init__(self, file: Path) -> None:
-        try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as error:
-            raise CheckpointError(f"{file}: not a sentencepiece model ({error})") from None
-        self.size = self.processor.vocab_size()
-        self.begins = [token for token in [self.processor.bos_id()] if token >= 0]
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        return (self.begins if special else []) + self.processor.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        # a model's vocabulary may be padded beyond the tokenizer's
-        return self.processor.decode([token for token in ids if token < self.size])
-
-    def find(self, piece: str) -> int | None:
-        found = self.processor.piece_to_id(piece)
-        return None if found == self.processor.unk_id() else found
-
-
-class JsonVocabulary:
-    """A `tokenizer.json` of the tokenizers library."""
-
-    def __init__(self, file: Path) -> None:
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception for every fault
-            raise CheckpointError(f"{file}: not a tokenizer ({error})") from None
-        self.size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
-        self.begins = self.encode("", special=True)
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=special).ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids))
-
-    def find(self, piece: str) -> int | None:
-        return self.tokenizer.token_to_id(piece)
+from .vocabularies import AddedToken, JsonVocabulary, Ranks, SentencePieces, Vocabulary
 
 
 class Tokenizer:
     """Text <-> ids of one checkpoint; knows which token begins a text and which end one."""
 
     def __init__(
-        self, vocabulary: Vocabulary, bos_id: int | None, stop_ids: tuple[int, ...]
+        self,
+        vocabulary: Vocabulary,
+        bos_id: int | None,
+        stop_ids: tuple[int, ...],
+        templates: ChatTemplates,
     ) -> None:
         self.vocabulary, self.bos_id, self.stop_ids = vocabulary, bos_id, stop_ids
+        self.templates = templates
 
     @property
     def vocab_size(self) -> int:
@@ -80,17 +30,21 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of a text; with `bos`, begun as the checkpoint's own tokenizer begins one."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            where = f"position {error.start}"
-            raise ValueError(
-                f"the text has half a surrogate pair at {where}: not Unicode"
-            ) from None
+        check_unicode(text, "the text")
         ids = self.vocabulary.encode(text, special=bos and self.bos_id is not None)
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
         return ids
+
+    def chat(self, messages: list[dict[str, str]], template: str | None = None) -> list[int]:
+        """Ids of a conversation as the chat template writes it, up to where the answer begins.
+
+        messages: [{"role": "user", "content": "..."}, ...]; template: its name, where there are
+        several. Control tokens are those that the template prints, the BOS among them; what looks
+        like one in a message stays text.
+        """
+        parts = self.templates.parts(messages, template, self.vocabulary.control)
+        return self.vocabulary.encode_parts(parts)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.vocabulary.decode(ids)
@@ -126,51 +80,86 @@ class TextStream:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory: `tokenizer.json`, else `tokenizer.model`."""
+    """The tokenizer of a checkpoint directory, from the first of the three files that is there.
+
+    Chat templates are read when a conversation needs one.
+    """
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
-    vocabulary: Vocabulary
-    in_json, in_pieces = directory / "tokenizer.json", directory / "tokenizer.model"
-    check_regular(in_json)
-    check_regular(in_pieces)
-    if in_json.exists():
-        vocabulary = JsonVocabulary(in_json)
-    elif in_pieces.exists():
-        vocabulary = SentencePieces(in_pieces)
-    else:
-        found = some(sorted(entry.name for entry in directory.iterdir()))
-        raise CheckpointError(f"{directory}: no tokenizer.json or tokenizer.model; found {found}")
     settings = optional_json(directory / "tokenizer_config.json")
-    bos_id = token_id(settings.get("bos_token"), vocabulary)
-    if bos_id is None and isinstance(vocabulary, SentencePieces) and vocabulary.begins:
-        bos_id = vocabulary.begins[0]
+    vocabulary = read_vocabulary(directory, settings)
+    special = vocabulary.named | special_tokens(settings, vocabulary)
+    bos_id = vocabulary.find(special["bos_token"]) if "bos_token" in special else None
     if not settings.get("add_bos_token", vocabulary.begins[:1] == [bos_id]):
         bos_id = None
-    return Tokenizer(vocabulary, bos_id, stop_ids(directory, settings, vocabulary))
+    stops = stop_ids(directory, special.get("eos_token"), vocabulary)
+    return Tokenizer(vocabulary, bos_id, stops, ChatTemplates(directory, settings, special))
 
 
-def stop_ids(directory: Path, settings: dict[str, Any], vocabulary: Vocabulary) -> tuple[int, ...]:
+def read_vocabulary(directory: Path, settings: dict[str, Any]) -> Vocabulary:
+    names = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
+    in_json, in_pieces, in_ranks = files = [directory / name for name in names]
+    for file in files:
+        check_regular(file)
+    if in_json.exists():
+        return JsonVocabulary(in_json)
+    if in_pieces.exists():
+        return SentencePieces(in_pieces, added_tokens(directory, settings))
+    if in_ranks.exists():
+        return Ranks(in_ranks, added_tokens(directory, settings))
+    found = some(sorted(entry.name for entry in directory.iterdir()))
+    expected = "tokenizer.json, tokenizer.model or tiktoken.model"
+    raise CheckpointError(f"{directory}: no {expected}; found {found}")
+
+
+def added_tokens(directory: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
+    """`added_tokens_decoder` of tokenizer_config.json: {"163585": {"content": "[EOS]", ...}}."""
+    listed = settings.get("added_tokens_decoder")
+    listed = {} if listed is None else listed
+    found = {}
+    for key, token in listed.items() if isinstance(listed, dict) else [("", listed)]:
+        match token:
+            case {"content": str(content)} if content and re.fullmatch("[0-9]{1,9}", key):
+                found[int(key)] = AddedToken(content, bool(token.get("special", False)))
+            case _:
+                where = directory / "tokenizer_config.json"
+                raise CheckpointError(
+                    f"{where}: added_tokens_decoder has {key!r}: {token!r:.80}, expected an id and "
+                    "an object with the token's content"
+                )
+    return found
+
+
+def special_tokens(settings: dict[str, Any], vocabulary: Vocabulary) -> dict[str, str]:
+    """bos_token, eos_token, ... of tokenizer_config.json: each a string, or an object with one."""
+    found = {}
+    for name, token in settings.items():
+        content = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(content, str):
+            found[name] = content
+    return {name: token for name, token in found.items() if vocabulary.find(token) is not None}
+
+
+def stop_ids(directory: Path, eos_token: str | None, vocabulary: Vocabulary) -> tuple[int, ...]:
     """eos_token_id of generation_config.json, else of config.json, else the tokenizer's own."""
-    for name in ("generation_config.json", "config.json"):
-        file = directory / name
+    config = directory / "config.json"
+    rows = optional_json(config).get("vocab_size")
+    size = max(vocabulary.size, rows if isinstance(rows, int) else 0)
+    for file in (directory / "generation_config.json", config):
         found = optional_json(file).get("eos_token_id")
         ids = found if isinstance(found, list) else [] if found is None else [found]
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
                 raise CheckpointError(f"{file}: eos_token_id {token!r} is not a token id")
+            if token >= size:
+                raise CheckpointError(
+                    f"{file}: eos_token_id {token} is no token: the ids are 0 to {size - 1}"
+                )
         if ids:
             return tuple(ids)
-    own = token_id(settings.get("eos_token"), vocabulary)
-    if own is None and isinstance(vocabulary, SentencePieces):
-        own = vocabulary.processor.eos_id()
-    return () if own is None or own < 0 else (own,)
-
-
-def token_id(token: Any, vocabulary: Vocabulary) -> int | None:
-    """The id of a token as tokenizer_config.json writes it: a string, or an object with one."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return vocabulary.find(content) if isinstance(content, str) else None
+    own = None if eos_token is None else vocabulary.find(eos_token)
+    return () if own is None else (own,)
 
 
 def optional_json(file: Path) -> dict[str, Any]:

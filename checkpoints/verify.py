@@ -18,7 +18,7 @@ from .contents import Contents, compare
 from .mapping import Entry
 from .published_config import interpreted
 from .shards import Shards, some, survey_shards
-from .tokenizer import load_tokenizer
+from .tokenizer import Tokenizer, load_tokenizer
 
 TINY = 1e-30  # no trained weight is this small throughout: memory that was never written
 
@@ -77,7 +77,18 @@ def text_errors(directory: Path, config: ModelConfig | None) -> tuple[list[str],
             f"{directory}: the tokenizer has {tokenizer.vocab_size} ids and the model "
             f"{config.vocab_size}: they do not belong together"
         )
-    return errors, []
+    return errors + template_errors(tokenizer), []
+
+
+def template_errors(tokenizer: Tokenizer) -> list[str]:
+    """What goes wrong when each chat template is given the shortest conversation."""
+    errors = []
+    try:
+        for name in tokenizer.templates.names:
+            tokenizer.chat([{"role": "user", "content": "Hello"}], name)
+    except CheckpointError as error:
+        errors.append(str(error))
+    return errors
 
 
 def value_errors(contents: Contents, shards: Shards, progress: bool) -> list[str]:

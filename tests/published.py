@@ -89,6 +89,7 @@ def peer_of(
     config = AutoConfig.for_model(family, **deepcopy(overrides))  # it writes into dicts it is given
     for part in (config, config.get_text_config()):
         part._attn_implementation = part._experts_implementation = "eager"
+    torch.manual_seed(seed)  # of the values that stay where they are drawn, around their mean
     peer = auto.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(seed)
     persistent = peer.state_dict().keys()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from files import edit_json, shards_of, tensors_of, write_tensors
 
+import tools.chat
 import tools.generate
 from checkpoints import load_model, load_tokenizer
 from modeling import generate
@@ -189,7 +190,7 @@ def test_a_wrong_command_is_one_line_that_points_to_the_help(command, arguments)
     assert "--help)" in refused(command(*arguments))
 
 
-@pytest.mark.parametrize("subject", ["", "generate", "describe", "make-tiny", "train"])
+@pytest.mark.parametrize("subject", ["", "generate", "chat", "describe", "make-tiny", "train"])
 def test_help_is_an_answer(command, subject):
     code, out, err = command(*subject.split(), "--help")
     assert (code, err) == (0, "")
@@ -215,7 +216,7 @@ def test_what_is_wrong_with_a_checkpoint_is_one_line(tiny, command, tmp_path):
 def test_a_checkpoint_without_tokenizer_is_one_line(tiny, command):
     path = tiny()
     (path / "tokenizer.model").unlink()
-    assert "no tokenizer.json or tokenizer.model" in refused(command(*prompt(path)))
+    assert "no tokenizer.json, tokenizer.model or tiktoken.model" in refused(command(*prompt(path)))
 
 
 def test_a_tokenizer_of_another_model_is_one_line(tiny, command):
@@ -284,14 +285,15 @@ def test_warnings_are_notes_on_stderr(tiny, command):
     assert (code, out, end) == (2, "", "")
 
 
+class Interrupted:
+    statistics = None
+
+    def __iter__(self):
+        yield from [10, 11]
+        raise KeyboardInterrupt
+
+
 def test_an_interruption_keeps_the_text_and_exits_with_130(pristine, command, monkeypatch):
-    class Interrupted:
-        statistics = None
-
-        def __iter__(self):
-            yield from [10, 11]
-            raise KeyboardInterrupt
-
     monkeypatch.setattr(tools.generate, "generate", lambda *args, **options: Interrupted())
     code, out, err = command(*prompt(pristine()))
     tokenizer = load_tokenizer(pristine())
@@ -331,6 +333,195 @@ def test_a_real_run_without_a_terminal_is_plain_text(pristine):
         out, err = run.communicate(timeout=120)
     assert (run.returncode, err) == (0, b"")
     assert json.loads(out).keys() == FIGURES
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}"
+    "{{ eos_token }}{% endfor %}[assistant]"
+)
+
+
+@pytest.fixture
+def talkative(tiny):
+    """A tiny model with a chat template."""
+    path = tiny()
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+def turns(*contents, system=None):
+    """A conversation: the user and the assistant take turns."""
+    spoken = [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
+    return [*([] if system is None else [{"role": "system", "content": system}]), *spoken]
+
+
+def answer_to(path, messages, max_new_tokens=12):
+    """What the model answers, by the library."""
+    tokenizer, model = load_tokenizer(path), load_model(path, progress=False)
+    prompt_ids = tokenizer.chat(messages)
+    ids = list(generate(model, prompt_ids, max_new_tokens, stop_ids=tokenizer.stop_ids))
+    return tools.generate.text_of(tokenizer, prompt_ids, ids)
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_generate_answers_in_a_chat_and_prints_the_answer_alone(talkative, command, system):
+    told = [] if system is None else ["--system", system]
+    arguments = generated(talkative, "--chat", "--prompt", PROMPT, *told)
+    code, out, err = command(*arguments)
+    answer = answer_to(talkative, turns(PROMPT, system=system))
+    assert (code, out) == (0, answer + "\n")
+    assert "parameters" in err
+    in_json = json.loads(command(*arguments, "--json")[1])
+    assert (in_json["prompt"], in_json["text"]) == (PROMPT, answer)
+    assert answer != answer_to(talkative, turns(PROMPT, system="Be long."))
+
+
+def test_a_chat_without_template_is_one_line(pristine, command):
+    said = refused(command(*generated(pristine(), "--chat", "--prompt", PROMPT)))
+    assert f"{pristine()}: no chat template" in said
+    assert "pretrained: no chat template" in refused(command("chat"))
+    assert "it needs --chat" in refused(command(*prompt(pristine(), "--system", "Be brief.")))
+
+
+def test_a_template_that_fails_is_one_line(talkative, command, monkeypatch):
+    (talkative / "chat_template.jinja").write_text("\n{{ raise_exception('no\nway') }}")
+    said = refused(command(*generated(talkative, "--chat", "--prompt", PROMPT)))
+    assert "chat_template.jinja: line 2: no way" in said
+    typed(monkeypatch, "hello\n")
+    assert "line 2: no way" in refused(command(*chatting(talkative)))
+
+
+def chatting(path, *more):
+    return ("chat", "--model", path, "--max-new-tokens", "12", *more)
+
+
+def typed(monkeypatch, text):
+    raw = text if isinstance(text, bytes) else text.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("end", ["", "/exit\nnever said\n"])
+def test_a_chat_remembers_what_was_said(talkative, command, monkeypatch, system, end):
+    told = [] if system is None else ["--system", system]
+    typed(monkeypatch, f"One apple?\n\n  Why? \n/reset\nA king!\n{end}")
+    code, out, err = command(*chatting(talkative, *told))
+    first = answer_to(talkative, turns("One apple?", system=system))
+    second = answer_to(talkative, turns("One apple?", first, "Why?", system=system))
+    third = answer_to(talkative, turns("A king!", system=system))
+    assert (code, out, err) == (0, f"{first}\n{second}\n{third}\n", "")
+
+
+def test_a_seed_makes_a_chat_repeatable(talkative, command, monkeypatch):
+    outs = []
+    for seed in (1, 1, 2):
+        typed(monkeypatch, "One apple?\n")
+        drawing = ("--temp", 1.5, "--seed", seed, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.01)
+        outs.append(command(*chatting(talkative, *drawing, "--draft-tokens", 1))[1])
+    assert outs[0] == outs[1] != outs[2]
+
+
+def test_a_conversation_that_does_not_fit_is_told_and_can_be_reset(talkative, command, monkeypatch):
+    typed(monkeypatch, "x" * 300 + "\nOne apple?\n" + "y" * 220 + "\n/reset\nA king!\n")
+    code, out, err = command(*chatting(talkative))
+    first = answer_to(talkative, turns("One apple?"))
+    third = answer_to(talkative, turns("A king!"))
+    assert (code, out) == (0, f"{first}\n{third}\n")
+    length = len(load_tokenizer(talkative).chat(turns("x" * 300)))
+    told = [
+        f"error: the conversation would be {tokens} tokens long and the model has 256 positions; "
+        "/reset begins a new one"
+        for tokens in (
+            length,
+            len(load_tokenizer(talkative).chat(turns("One apple?", first, "y" * 220))),
+        )
+    ]
+    assert err.splitlines() == told
+
+
+def test_an_answer_ends_where_the_positions_do(talkative, command, monkeypatch):
+    line = "One apple?"
+    left = 256 - len(load_tokenizer(talkative).chat(turns(line)))
+    typed(monkeypatch, line)
+    answer = answer_to(talkative, turns(line), left)
+    assert command("chat", "--model", talkative) == (0, answer + "\n", "")
+    assert left > 200
+
+
+def test_a_stop_token_ends_an_answer(talkative, command, monkeypatch):
+    whole = json.loads(command(*generated(talkative, "--chat", "--prompt", "Why?", "--json"))[1])
+    stop = whole["ids"][5]
+    (talkative / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, stop]}))
+    answer = answer_to(talkative, turns("Why?"))
+    assert whole["text"].startswith(answer)
+    assert whole["text"] != answer
+    assert command(*generated(talkative, "--chat", "--prompt", "Why?"))[1] == answer + "\n"
+    typed(monkeypatch, "Why?")
+    assert command(*chatting(talkative))[1] == answer + "\n"
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_its_part(talkative, command, monkeypatch):
+    prompts = []
+
+    def interrupted(model, prompt_ids, *rest, **options):
+        prompts.append(prompt_ids)
+        return Interrupted()
+
+    monkeypatch.setattr(tools.chat, "generate", interrupted)
+    typed(monkeypatch, "One apple?\nWhy?\n")
+    code, out, err = command(*chatting(talkative))
+    tokenizer = load_tokenizer(talkative)
+    part = tools.generate.text_of(tokenizer, prompts[0], [10, 11])
+    assert (code, out, err) == (0, f"{part}\n" * 2, "")
+    assert part
+    assert prompts == [
+        tokenizer.chat(turns("One apple?")),
+        tokenizer.chat(turns("One apple?", part, "Why?")),
+    ]
+
+
+def test_ctrl_c_at_the_prompt_ends_a_chat(talkative, command, monkeypatch):
+    class Terminal(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    class Keys(io.BytesIO):
+        def readline(self):
+            line = super().readline()
+            if not line:
+                raise KeyboardInterrupt
+            return line
+
+    monkeypatch.setattr(sys, "stdin", Terminal(Keys(b"One apple?\n")))
+    code, out, err = command(*chatting(talkative))
+    assert (code, err) == (130, "> > interrupted\n")
+    assert out == answer_to(talkative, turns("One apple?")) + "\n"
+
+
+def test_a_line_that_is_no_text_is_told_and_passed_over(talkative, command, monkeypatch):
+    typed(monkeypatch, b"\xff\nOne apple?\n")
+    code, out, err = command(*chatting(talkative))
+    assert (code, out) == (0, answer_to(talkative, turns("One apple?")) + "\n")
+    assert err.startswith("error: this line is not UTF-8 text")
+
+
+def test_a_wrong_setting_of_a_chat_is_one_line(talkative, command, monkeypatch):
+    for setting, said in (
+        (("--temperature", -1), "temperature"),
+        (("--device", "toaster"), "device"),
+    ):
+        typed(monkeypatch, "One apple?\n")
+        assert said in refused(command(*chatting(talkative, *setting)))
+
+
+def test_a_real_chat_over_a_pipe(talkative):
+    with in_a_process(*chatting(talkative), stdin=subprocess.PIPE) as run:
+        out, err = run.communicate(b"One apple?\n/exit\n", timeout=120)
+    assert (run.returncode, err) == (0, b"")
+    assert out.decode() == answer_to(talkative, turns("One apple?")) + "\n"
 
 
 def files_of(path):

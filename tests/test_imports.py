@@ -12,11 +12,11 @@ ALLOWED = {  # besides the package itself and the standard library
     "modeling": {"torch", "einops", "moe"},
     "checkpoints": {
         *("torch", "einops", "moe", "modeling"),
-        *("safetensors", "sentencepiece", "tokenizers", "tqdm"),
+        *("jinja2", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "tqdm"),
     },
 }
 OWN = {*ALLOWED, "tools", "tests"}
-OUTSIDE_THE_MODEL = {"safetensors", "sentencepiece", "tokenizers", "tqdm"}
+OUTSIDE_THE_MODEL = {"jinja2", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "tqdm"}
 TOKEN_PATH = [
     "modeling/model.py",
     "modeling/mla.py",

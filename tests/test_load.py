@@ -10,7 +10,7 @@ import torch
 from files import REMOVED, edit_json, single, tensors_of, write_tensors
 from safetensors.torch import save_file
 
-from checkpoints import CheckpointError, load_model, read_config
+from checkpoints import CheckpointError, load_model, read_config, save_model
 
 QUIET = {"progress": False}
 
@@ -263,8 +263,12 @@ def test_a_head_stored_beside_tied_embeddings_warns_only_if_it_differs(tiny):
         model = load_model(altered(path, **{"lm_head.weight": embedding}), **QUIET)
     assert model.head.weight is model.embed.weight
     altered(path, **{"lm_head.weight": embedding + 1})
-    with pytest.warns(UserWarning, match=r"lm_head.weight differs"):
-        load_model(path, **QUIET)
+    with pytest.warns(UserWarning, match=r"lm_head.weight differs .* used as it is stored"):
+        model = load_model(path, **QUIET)
+    assert model.head.weight.equal(embedding + 1)
+    assert model.embed.weight.equal(embedding)
+    save_model(model, path.with_name("untied"))
+    assert load_model(path.with_name("untied"), **QUIET).head.weight.equal(embedding + 1)
 
 
 def test_a_model_is_loaded_for_use_not_for_training(tiny):

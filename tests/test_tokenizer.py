@@ -1,11 +1,13 @@
 """Text survives a tokenizer, begins and ends as its checkpoint says, and streams in letters."""
 
+import base64
 import io
 import json
 import os
 
 import pytest
 import sentencepiece
+import tiktoken
 from files import REMOVED, edit_json
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,7 +84,23 @@ def write_json(path, library: Library, **settings):
     return path
 
 
-KINDS = ["sentencepiece", "byte level", "byte fallback"]
+def write_ranks(path, tokens=("he", " t", " the", "中文"), **settings):
+    """A tiktoken.model of all bytes and these tokens, then a BOS, an EOS and a spoken mark."""
+    path.mkdir(exist_ok=True)
+    ranked = [*(bytes([byte]) for byte in range(256)), *(token.encode() for token in tokens)]
+    lines = [b"%s %d" % (base64.b64encode(token), i) for i, token in enumerate(ranked)]
+    (path / "tiktoken.model").write_bytes(b"\n".join(lines) + b"\n")
+    added = {
+        str(len(ranked)): {"content": "<s>", "special": True},
+        str(len(ranked) + 1): {"content": "</s>", "special": True},
+        str(len(ranked) + 9): {"content": "<think>", "special": False},
+    }
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "added_tokens_decoder": added} | settings
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+KINDS = ["sentencepiece", "byte level", "byte fallback", "ranks"]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +112,7 @@ def directories(tmp_path_factory):
     named = {"bos_token": "<s>", "eos_token": "</s>"}
     write_json(root / "byte level", byte_level(), **named)
     write_json(root / "byte fallback", byte_fallback(), **named)
+    write_ranks(root / "ranks")
     return {kind: root / kind for kind in KINDS}
 
 
@@ -271,7 +290,7 @@ CORRUPT = [
 
 
 @pytest.mark.parametrize("content", CORRUPT)
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tiktoken.model"])
 def test_a_corrupt_tokenizer_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{name}: not a"):
@@ -279,7 +298,9 @@ def test_a_corrupt_tokenizer_is_named(tmp_path, name, content):
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["directory", "pipe"])
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer.model", "tiktoken.model", "tokenizer_config.json"]
+)
 def test_only_regular_files_are_read(tiny, make, name):
     path = tiny()
     (path / name).unlink(missing_ok=True)
@@ -299,7 +320,8 @@ def test_a_corrupt_setting_is_named(tiny, name):
 def test_a_directory_without_tokenizer_says_what_it_holds(tmp_path):
     (tmp_path / "vocab.txt").write_text("a")
     with pytest.raises(
-        CheckpointError, match=r"no tokenizer.json or tokenizer.model; found vocab.txt"
+        CheckpointError,
+        match=r"no tokenizer.json, tokenizer.model or tiktoken.model; found vocab.txt",
     ):
         load_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match=r"nowhere: no such directory"):
@@ -316,3 +338,180 @@ def test_ids_are_below_the_size_even_with_gaps(tmp_path):
     pieces = {"a": 0, "b": 1, "far": 40}
     library = Library(models.BPE(pieces, []))
     assert load_tokenizer(write_json(tmp_path, library)).vocab_size == 41
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_a_stop_id_beyond_the_vocabulary_is_refused(tiny, file):
+    path = tiny()
+    (path / "generation_config.json").write_text("{}")
+    edit_json(path / "config.json", vocab_size=384)  # the tokenizer has 320
+    edit_json(path / file, eos_token_id=[2, 383])
+    assert load_tokenizer(path).stop_ids == (2, 383)
+    edit_json(path / file, eos_token_id=[2, 384])
+    with pytest.raises(CheckpointError, match=f"{file}: eos_token_id 384 is .* 0 to 383"):
+        load_tokenizer(path)
+    edit_json(path / "config.json", vocab_size=REMOVED)
+    edit_json(path / file, eos_token_id=320)
+    with pytest.raises(CheckpointError, match=f"{file}: eos_token_id 320 is .* 0 to 319"):
+        load_tokenizer(path)
+
+
+def test_what_training_cut_and_filled_up_is_not(tmp_path):
+    library = byte_level()
+    library.enable_truncation(3)
+    library.enable_padding(length=8)
+    tokenizer = load_tokenizer(write_json(tmp_path, library))
+    for string in ("a", "a long text"):
+        assert tokenizer.decode(tokenizer.encode(string)) == string
+    assert len(tokenizer.encode("a")) == 1
+
+
+def train_prefixed() -> bytes:
+    """A model that puts a space before a text, and takes the first away when it decodes."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS.split("\n")),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def test_tokens_are_added_to_a_sentencepiece_model(tiny):
+    path = tiny()
+    added = {
+        "1": {"content": "<s>", "special": True},
+        "320": {"content": "<|im_end|>", "special": True},
+        "322": {"content": "<think>", "special": False},
+    }
+    settings = {"added_tokens_decoder": added, "eos_token": "<|im_end|>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    edit_json(path / "config.json", eos_token_id=REMOVED)
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.vocab_size, tokenizer.stop_ids) == (323, (320,))
+    king, night = (tokenizer.encode(text, bos=False) for text in ("the king", " night"))
+    ids = [1, *king, 320, *night, 322, *night, 321, 400]
+    assert tokenizer.decode(ids) == "the king night<think> night"
+    (path / "tokenizer.model").write_bytes(train_prefixed())
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.decode([*tokenizer.encode("king"), 322, *tokenizer.encode("king")]) == (
+        "king<think> king"
+    )
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        {"x": {"content": "<a>"}},
+        {"-1": {"content": "<a>"}},
+        {"1" * 5000: {"content": "<a>"}},
+        {"300": {"content": ""}},
+        {"300": {"content": 1}},
+        {"300": "<a>"},
+        ["<a>"],
+        5,
+    ],
+)
+def test_added_tokens_that_are_none_are_refused(tiny, tmp_path, added):
+    for path in (tiny(), write_ranks(tmp_path / "ranks")):
+        (path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+        with pytest.raises(CheckpointError, match=r"tokenizer_config.json: added_tokens_decoder"):
+            load_tokenizer(path)
+
+
+KIMI = (
+    r"[\p{Han}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WHOLE_WORDS = [
+    "the",
+    " the",
+    "中",
+    "中文",
+    "文E",
+    "don't",
+    "'t",
+    "123",
+    "1234",
+    "\n\n",
+    "  ",
+    " ?",
+    "Ab",
+]
+mixed = st.lists(
+    st.sampled_from([*WHOLE_WORDS, *"the 中文EAb'L1234\n\r \t?!é\u0301"])
+    | st.text(st.characters(codec="utf-8"), max_size=3)
+).map("".join)
+
+
+@given(mixed)
+def test_ranks_split_and_merge_as_published(tokenizers_of_words, string):
+    tokenizer, independent = tokenizers_of_words
+    ids = tokenizer.encode(string)
+    assert ids == independent.encode_ordinary(string)
+    assert tokenizer.decode(ids) == string
+
+
+@pytest.fixture(scope="module")
+def tokenizers_of_words(tmp_path_factory):
+    """Ours, and tiktoken's with the published pattern; the words show where text was split."""
+    words = sorted({word[:cut] for word in WHOLE_WORDS for cut in range(1, len(word) + 1)}, key=len)
+    words = [word for word in words if len(word.encode()) > 1]
+    tokenizer = load_tokenizer(write_ranks(tmp_path_factory.mktemp("words"), words))
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {word.encode(): 256 + i for i, word in enumerate(words)}
+    return tokenizer, tiktoken.Encoding(
+        "test", pat_str=KIMI, mergeable_ranks=ranks, special_tokens={}
+    )
+
+
+def test_ranks_end_in_named_and_reserved_tokens(tmp_path):
+    tokenizer = load_tokenizer(write_ranks(tmp_path))
+    assert tokenizer.vocab_size == 260 + 256
+    assert (tokenizer.bos_id, tokenizer.stop_ids) == (None, (261,))
+    assert tokenizer.encode("<s>the<|reserved_token_300|><think>")[0] == 260
+    assert tokenizer.encode("<s>the<|reserved_token_300|><think>")[-2:] == [300, 269]
+    assert tokenizer.decode([260, 116, 256, 300, 269, 515, 516, 9999]) == "the<think>"
+    assert load_tokenizer(write_ranks(tmp_path, add_bos_token=True)).encode("the")[0] == 260
+
+
+def test_ranks_survive_runs_that_tiktoken_does_not(tokenizers):
+    for run in (" " * 1_000_000, "a" * 60_000 + " " * 60_000 + "\n" * 60_000 + "b"):
+        assert tokenizers["ranks"].decode(tokenizers["ranks"].encode(run)) == run
+
+
+BROKEN_RANKS = [
+    (lambda raw: raw.replace(b"\n", b"\n\xff 5\n", 1), "line 2 is"),
+    (lambda raw: raw + b"aGVsbG8= x\n", "line 261 is"),
+    (lambda raw: raw + b"aGVsbG8=\n", "line 261 is"),
+    (lambda raw: raw + b"aGVsbG8= 261\n", "the ranks of its 261 tokens are not 0 to 260"),
+    (lambda raw: raw + b"aGVsbG8= 259\n", "the ranks of its 261 tokens"),
+    (lambda raw: raw + raw.splitlines()[-1] + b"\n", "the ranks of its 261 tokens"),
+    (lambda raw: raw.replace(b"AA== 0", b"aGVsbG8= 0"), "it lacks some of the 256 bytes"),
+    (lambda raw: b"\n".join(raw.splitlines()[:-1]), "with its 259 ranks, added tokens are 259 to"),
+    (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "line 1 is"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "said"), BROKEN_RANKS, ids=[said for _, said in BROKEN_RANKS])
+def test_broken_ranks_are_named(tmp_path, spoil, said):
+    file = write_ranks(tmp_path) / "tiktoken.model"
+    file.write_bytes(spoil(file.read_bytes()))
+    if said.startswith("with"):
+        added = {"515": {"content": "[PAD]"}}
+        edit_json(tmp_path / "tokenizer_config.json", added_tokens_decoder=added)
+    with pytest.raises(CheckpointError, match=f"tiktoken.model: .*{said}"):
+        load_tokenizer(tmp_path)
+
+
+def test_two_added_tokens_of_one_name_are_refused(tmp_path):
+    added = {"260": {"content": "<a>"}, "261": {"content": "<a>"}}
+    with pytest.raises(CheckpointError, match="two added tokens of one name"):
+        load_tokenizer(write_ranks(tmp_path, added_tokens_decoder=added))

@@ -10,10 +10,11 @@ import sys
 import warnings
 from typing import NoReturn
 
-from . import convert, describe, generate, make_tiny, train, verify
+from . import chat, convert, describe, generate, make_tiny, train, verify
 
 COMMANDS = {
     "generate": generate,
+    "chat": chat,
     "describe": describe,
     "verify": verify,
     "convert": convert,

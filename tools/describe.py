@@ -107,7 +107,7 @@ def tokenizer_words(path: Path) -> str:
         tokenizer = load_tokenizer(path)
     except CheckpointError as error:
         return f"none that can be read ({error})"
-    return f"{tokenizer.vocab_size} ids"
+    return f"{tokenizer.vocab_size} ids, {len(tokenizer.templates.names) or 'no'} chat template(s)"
 
 
 def idle_parameters(layer: LayerConfig, d_model: int) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,20 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="the text to continue; - reads it from stdin")
+    source.add_argument("--prompt-file", type=Path, help="a UTF-8 file with the text to continue")
+    parser.add_argument(
+        "--chat", action="store_true", help="the prompt is a message, and the text an answer to it"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the text as it comes"
+    )
+    add_generation_arguments(parser)
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how its tokens are chosen."""
     add = parser.add_argument
     add(
         "--model",
@@ -25,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=SHIPPED,
         help="checkpoint directory (default: the shipped one)",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="the text to continue; - reads it from stdin")
-    source.add_argument("--prompt-file", type=Path, help="a UTF-8 file with the text to continue")
+    add("--system", help="the message before the first, which says how to answer (in a chat)")
     add("--max-new-tokens", "--max-tokens", type=int, default=200)
     add("--temperature", "--temp", type=float, default=0.0, help="0 (default) is greedy")
     add("--top-k", type=int, help="draw from the k likeliest tokens only")
@@ -39,13 +52,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draft-tokens", type=int, default=0, help="tokens the MTP modules guess per round")
     add("--device", default="cpu", help="any device torch knows: cpu, cuda, cuda:1, mps ...")
     add("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
-    add("--json", action="store_true", help="print one JSON object instead of the text as it comes")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is a message of a chat: it needs --chat")
     prompt = read_prompt(args)
-    device = usable_device(args.device)
     tokenizer = load_tokenizer(args.model)
+    if args.chat:
+        prompt_ids = tokenizer.chat([*system_message(args), {"role": "user", "content": prompt}])
+    else:
+        prompt_ids = tokenizer.encode(prompt)
+    model = load_for(tokenizer, args)
+    tokens = generate(model, prompt_ids, args.max_new_tokens, **choices(tokenizer, args))
+    if args.json:
+        ids = list(tokens)
+        answer = {"prompt": prompt, "text": text_of(tokenizer, prompt_ids, ids), "ids": ids}
+        print(json.dumps(answer | figures(model, tokens.statistics), ensure_ascii=False))
+        return 0
+    print("" if args.chat else prompt, end="", flush=True)
+    print_text(tokenizer, prompt_ids, tokens)
+    print(summary(figures(model, tokens.statistics)), file=sys.stderr)
+    return 0
+
+
+def system_message(args: argparse.Namespace) -> list[dict[str, str]]:
+    return [] if args.system is None else [{"role": "system", "content": args.system}]
+
+
+def load_for(tokenizer: Tokenizer, args: argparse.Namespace) -> Transformer:
+    """The model that the arguments ask for, if the tokenizer can be its own."""
+    device = usable_device(args.device)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model = load_model(args.model, device, dtype, mtp=args.draft_tokens > 0)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -53,33 +90,30 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model}: the tokenizer has {tokenizer.vocab_size} ids and the model "
             f"{model.config.vocab_size}: they do not belong together"
         )
-    prompt_ids = tokenizer.encode(prompt)
-    tokens = generate(
-        model,
-        prompt_ids,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.seed,
-        stop_ids=tokenizer.stop_ids,
-        draft_tokens=args.draft_tokens,
-    )
-    if args.json:
-        ids = list(tokens)
-        answer = {"prompt": prompt, "text": text_of(tokenizer, prompt_ids, ids), "ids": ids}
-        print(json.dumps(answer | figures(model, tokens.statistics), ensure_ascii=False))
-        return 0
-    print(prompt, end="", flush=True)
+    return model
+
+
+def choices(tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, Any]:
+    """How `generate` chooses tokens and when it stops."""
+    return {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "seed": args.seed,
+        "stop_ids": tokenizer.stop_ids,
+        "draft_tokens": args.draft_tokens,
+    }
+
+
+def print_text(tokenizer: Tokenizer, prompt_ids: list[int], tokens: Iterable[int]) -> None:
+    """Print what continues the prompt, as it comes; what came before an interruption, too."""
     stream = TextStream(tokenizer, prompt_ids)
     try:
         for token in tokens:
             print(stream.push(token), end="", flush=True)
     finally:
         print(stream.finish(), flush=True)
-    print(summary(figures(model, tokens.statistics)), file=sys.stderr)
-    return 0
 
 
 def read_prompt(args: argparse.Namespace) -> str:

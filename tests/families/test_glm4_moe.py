@@ -20,6 +20,7 @@ from traps import (
     check_states_are_normed,
     check_weights_without_the_bias,
     experts_of,
+    hollow,
     pair,
     read,
 )
@@ -288,6 +289,11 @@ def test_trap_27_shared_experts_are_one_of_their_summed_width(count, width):
 
 def test_trap_29_the_rows_of_gate_come_first(tmp_path):
     check_gate_comes_first(tmp_path, "glm4_moe", SIZES, fused)
+
+
+def test_trap_45_queries_and_keys_are_normalised_head_by_head():
+    attention = hollow(GLM, num_hidden_layers=1, first_k_dense_replace=1).layers[0].attention
+    assert attention.q_norm.weight.shape == attention.k_norm.weight.shape == (128,)
 
 
 def test_trap_46_biases_are_on_queries_keys_and_values_only(tmp_path):

@@ -249,6 +249,10 @@ def test_trap_44_the_embedding_is_the_head_where_the_config_says_so(tmp_path):
     assert model.head.weight is model.embed.weight
 
 
+def test_trap_45_queries_and_keys_are_normalised_head_by_head():
+    assert {layer.attention.qk_norm.over for layer in read(A13B).layers} == {"head"}
+
+
 def test_trap_46_biases_are_on_all_four_projections(tmp_path):
     peer, _ = pair(tmp_path, "hunyuan_v1_moe", SIZES | {"attention_bias": True})
     assert biases_in_a_layer(peer) == {"q_proj", "k_proj", "v_proj", "o_proj"}
