@@ -236,9 +236,9 @@ def weight_name(name: str, tensors: Mapping[str, StoredTensor]) -> str:
     """The name of the weight that a tensor is or belongs to; a plain one may end like a scale."""
     for end in ENDS:
         weight = name.removesuffix(end)
-        fp8 = weight in tensors and tensors[weight].dtype == FP8
         sure = weight.endswith(".weight") or end == "_scale_inv" or tensors[name].dtype == "U8"
-        if weight != name and (fp8 or sure):
+        fp8 = weight in tensors and tensors[weight].dtype == FP8
+        if weight != name and (sure or fp8 or weight + "_blocks" in tensors):
             return weight
     return name
 

@@ -83,16 +83,6 @@ def test_every_combination_of_options_is_its_equations_at_once_and_piece_by_piec
         close(y_BtD, expected_BTD[:, start:end], 1e-5)
 
 
-@pytest.mark.parametrize("over", ["head", "all"])
-def test_norming_before_and_after_the_rotation_differ(over):
-    before, after = (
-        attention(gqa(qk_norm=QKNormConfig(over=over, after_rope=after, epsilon=1e-6)))
-        for after in (False, True)
-    )
-    x_BTD, positions = noise(1, 4, D), Positions(torch.arange(4)[None])
-    assert (before(x_BTD, positions, None) - after(x_BTD, positions, None)).abs().max() > 1e-2
-
-
 def seen_by(query: int, keys: list[int], window: int | None) -> list[bool]:
     """For keys of these positions: at most the query's own, and in a window the last so many."""
     nearest = range(0 if window is None else max(0, query - window + 1), query + 1)

@@ -45,7 +45,8 @@ class CacheBesideLists(RuleBasedStateMachine):
         else:
             self.cache = WindowCache(batch, MAX_LENGTH, WIDTHS, LIKE, window, rollback)
             self.kept = min(window - 1 + rollback, MAX_LENGTH)
-        self.lists, self.peaks = [[] for _ in range(batch)], [0] * batch  # peaks: longest so far
+        self.lists = [[] for _ in range(batch)]
+        self.peaks = [0] * batch  # how long the rows have been since they were empty
 
     def lengths(self):
         return [len(row) for row in self.lists]
@@ -72,6 +73,7 @@ class CacheBesideLists(RuleBasedStateMachine):
         assert (keys_BS is None) == (not any(starts))
         keys_BS = torch.arange(num_new)[None] if keys_BS is None else keys_BS
         for row, keys in enumerate(keys_BS.expand(len(starts), -1).tolist()):
+            assert len(set(keys)) == shown[0].shape[1]  # none counts twice
             entries = [{key: e[row, s] for s, key in enumerate(keys)} for e in shown]
             self.check_row(self.lists[row], starts[row], entries)
 

@@ -15,6 +15,10 @@ CONFIGS = {
     "windows": lambda mtp: model_config(gqa(window=3), mtp),
     "windows of one": lambda mtp: model_config(gqa(window=1), mtp),
     "windows and sinks": windows_and_sinks,
+    # an epsilon so large that the norms let the multipliers through
+    "multipliers": lambda mtp: model_config(
+        gqa(), mtp, embedding_multiplier=0.1, logits_multiplier=0.3, norm_epsilon=0.5
+    ),
 }
 WINDOWED = [kind for kind in CONFIGS if kind.startswith("windows")]
 MODELS = {
@@ -31,14 +35,14 @@ def argmax_continuation(model: Transformer, prompt: list[int], count: int) -> li
     return tokens[len(prompt) :]
 
 
-@settings(max_examples=8)
+@settings(max_examples=12)
 @given(st.sampled_from(["mla", "windows and sinks"]), prompt_lists)
 def test_greedy_is_the_argmax_of_whole_forwards(kind, prompt):
     model = MODELS[kind, 1]
     assert list(generate(model, prompt, 6)) == argmax_continuation(model, prompt, 6)
 
 
-@settings(max_examples=6)
+@settings(max_examples=10)
 @given(
     st.sampled_from(sorted(MODELS)),
     st.lists(prompt_lists, min_size=1, max_size=4),
@@ -114,7 +118,7 @@ def agreeable(config: ModelConfig) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("kind", ["mla", "windows and sinks"])
+@pytest.mark.parametrize("kind", ["mla", "windows and sinks", "multipliers"])
 @pytest.mark.parametrize("num_modules", [1, 2, 3])
 def test_drafts_are_what_the_modules_predict_from_the_whole_text(kind, num_modules, monkeypatch):
     """The caches of the modules hold, after any number of rejections, what they should."""

@@ -66,7 +66,7 @@ def configs(draw):
         group_score=draw(st.sampled_from(group_scores)),
         normalize=draw(st.booleans()),
         normalize_epsilon=draw(st.sampled_from([0.0, 1e-20, 1e-2])),
-        normalize_minimum=draw(st.sampled_from([0.0, 1e-12, 0.3])),
+        normalize_minimum=draw(st.sampled_from([0.0, 1e-12, 0.9])),
         scale=draw(st.sampled_from([1.0, 2.5, 16.0])),
     )
 
