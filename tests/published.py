@@ -143,6 +143,13 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 @torch.no_grad()
+def difference(peer: PreTrainedModel, model: Transformer) -> float:
+    """Between the logits of random tokens."""
+    tokens_BT = torch.arange(46).remainder(model.config.vocab_size).view(2, 23)
+    return relative_difference(model(tokens_BT), peer(tokens_BT).logits)
+
+
+@torch.no_grad()
 def add_mtp(peer: PreTrainedModel, path: Path, num_modules: int, seed: int = 1) -> MtpModel:
     """Add random MTP modules to a saved checkpoint under their published names; returns them.
 

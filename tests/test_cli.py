@@ -528,7 +528,7 @@ def files_of(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "gpt_oss", "kimi_k2", "kimi_k25"])
 def test_make_tiny_writes_the_same_bytes_for_the_same_seed(command, tmp_path, family):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         code, out, err = command("make-tiny", family, tmp_path / name, "--seed", seed)

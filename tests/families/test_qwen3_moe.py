@@ -3,7 +3,7 @@
 import pytest
 from files import REMOVED
 from layouts import fused
-from published import modern, partners_of_the_first
+from published import difference, modern, partners_of_the_first
 from traps import (
     YARN,
     biases_in_a_layer,
@@ -145,13 +145,15 @@ def test_old_and_new_spelling_describe_the_same_model(published):
     assert read(modern(published, num_experts="num_local_experts")) == read(published)
 
 
-def test_trap_02_yarn_that_a_user_adds_multiplies_cos_and_sin_alone():
+def test_trap_02_yarn_that_a_user_adds_multiplies_cos_and_sin_alone(tmp_path):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     rope = read(SMALL, rope_scaling=yarn).layers[0].attention.rope
     assert rope.amplitude == pytest.approx(1.138629, abs=5e-7)  # 0.1 ln 4 + 1
     assert rope.softmax_multiplier == 1.0
-    halved = read(SMALL, rope_scaling=yarn | {"attention_factor": 0.5}).layers[0].attention.rope
-    assert halved.amplitude == 0.5
+    sizes = ONE | {"rope_parameters": YARN | {"attention_factor": 0.7}}
+    peer, model = pair(tmp_path, "qwen3_moe", sizes)
+    assert model.config.layers[0].attention.rope.amplitude == 0.7
+    assert difference(peer, model) < 1e-4
 
 
 @every_release
