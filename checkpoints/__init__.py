@@ -1,12 +1,12 @@
 """Public checkpoints in and out. All knowledge of files, names and families is in here."""
 
 from .config_file import CheckpointError
-from .contents import stored_weights
+from .contents import read_headers
 from .convert import convert
 from .load import load_model
 from .published_config import read_config, unread_keys
 from .save import save_model
-from .shards import StoredTensor, stored_tensors
+from .shards import StoredTensor
 from .tokenizer import TextStream, Tokenizer, load_tokenizer
 from .verify import verify
 
@@ -19,9 +19,8 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "read_config",
+    "read_headers",
     "save_model",
-    "stored_tensors",
-    "stored_weights",
     "unread_keys",
     "verify",
 ]

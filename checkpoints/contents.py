@@ -18,7 +18,7 @@ from modeling import ModelConfig, Transformer
 from .config_file import CheckpointError
 from .mapping import Entry, Family, Shape, correspondences
 from .published_config import family_of, read_config
-from .shards import Shards, open_shards, raise_any, some
+from .shards import Shards, StoredTensor, open_shards, raise_any, some
 from .weights import Weight, weights_of
 
 
@@ -67,14 +67,14 @@ def compare(directory: Path, config: ModelConfig, shards: Shards, mtp: bool = Tr
     return contents
 
 
-def stored_weights(path: str | Path) -> list[Weight]:
-    """How every weight of a checkpoint is stored, from its headers."""
+def read_headers(path: str | Path) -> tuple[dict[str, StoredTensor], dict[str, Weight]]:
+    """The tensors of a checkpoint as they stand in its files, and the weights that they make up."""
     directory = Path(path)
     config = read_config(directory)
     with open_shards(directory) as shards:
         weights, errors = weights_of(shards, quantization_in(config))
         raise_any(errors)
-        return list(weights.values())
+        return shards.tensors, weights
 
 
 def quantization_in(config: ModelConfig) -> Mapping:

@@ -6,10 +6,9 @@ executed, nothing outside the directory is opened, and nothing is read before it
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +26,7 @@ READABLE = {
 }
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """What a header says of a tensor."""
 
     file: Path
@@ -102,17 +100,12 @@ def survey_shards(directory: Path) -> Iterator[Shards]:
 
 def misplaced(listed: dict[str, str], tensors: dict[str, StoredTensor], index: Path) -> list[str]:
     """What an index says is in a file and is not."""
+    files = {stored.file: stored.file.name for stored in tensors.values()}
     return [
         f"{index}: {name} is not in {file}"
         for name, file in listed.items()
-        if name not in tensors or tensors[name].file.name != file
+        if name not in tensors or files[tensors[name].file] != file
     ]
-
-
-def stored_tensors(path: str | Path) -> dict[str, StoredTensor]:
-    """What the headers of a checkpoint's files say; no weight is read."""
-    with open_shards(Path(path)) as shards:
-        return shards.tensors
 
 
 def raise_any(problems: list[str]) -> None:

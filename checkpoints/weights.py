@@ -234,7 +234,7 @@ def weights_of(
 
 def weight_name(name: str, tensors: Mapping[str, StoredTensor]) -> str:
     """The name of the weight that a tensor is or belongs to; a plain one may end like a scale."""
-    for end in ENDS:
+    for end in ENDS if name.endswith(ENDS) else ():
         weight = name.removesuffix(end)
         sure = weight.endswith(".weight") or end == "_scale_inv" or tensors[name].dtype == "U8"
         fp8 = weight in tensors and tensors[weight].dtype == FP8

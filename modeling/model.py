@@ -79,7 +79,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         D, epsilon = config.d_model, config.norm_epsilon
-        self.embed = nn.Embedding(config.vocab_size, D)
+        # not nn.Embedding(V, D), which draws numbers that nobody uses
+        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, D), freeze=False)
         self.layers = nn.ModuleList(Block(D, epsilon, layer) for layer in config.layers)
         self.norm = RMSNorm(D, epsilon)
         self.head = nn.Linear(D, config.vocab_size, bias=False)

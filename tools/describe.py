@@ -13,8 +13,7 @@ from checkpoints import (
     CheckpointError,
     load_tokenizer,
     read_config,
-    stored_tensors,
-    stored_weights,
+    read_headers,
     unread_keys,
 )
 from modeling import DenseConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig, Transformer
@@ -47,8 +46,8 @@ def description(path: Path) -> dict[str, Any]:
     with torch.device("meta"):
         model = Transformer(config).to(torch.bfloat16)
     counted = count_parameters(model)
-    stored = stored_tensors(path) if path.is_dir() else {}
-    kinds = Counter(weight.stored_as for weight in stored_weights(path)) if stored else Counter()
+    stored, weights = read_headers(path) if path.is_dir() else ({}, {})
+    kinds = Counter(weight.stored_as for weight in weights.values())
     growing, windows = cache_bytes(model)
     return {
         "family": config.published["model_type"],
