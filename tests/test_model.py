@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import (
     VARIED,
@@ -84,6 +84,7 @@ def test_rows_of_unequal_lengths_in_one_cache_equal_single_runs(model, rows):
 
 
 @every_model
+@settings(max_examples=15)
 @given(
     batch=st.integers(1, 3),
     rounds=st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=4),
