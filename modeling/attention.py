@@ -91,8 +91,8 @@ def attend_with_sinks(
 class AllHeadsNorm(RMSNorm):
     """RMS norm over all heads of a token as one vector, (..., H, P) -> (..., H, P)."""
 
-    def forward(self, x_HP: Tensor) -> Tensor:
-        return super().forward(x_HP.flatten(-2)).view_as(x_HP)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
 
 
 class GroupedQueryAttention(nn.Module):

@@ -10,6 +10,7 @@ from files import edit_json, shards_of, single, tensors_of, write_tensors
 from safetensors.torch import load_file, save_file
 
 from checkpoints import CheckpointError, load_model, read_headers
+from checkpoints.shards import open_shards
 
 INDEX = "model.safetensors.index.json"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
