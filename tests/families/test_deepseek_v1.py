@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from files import REMOVED, tensors_of
+from files import REMOVED, tensors_of, write_tensors
 from layouts import fused
 from published import (
     entries_of,
@@ -264,6 +264,16 @@ def test_trap_22_the_router_multiplies_in_the_precision_of_the_weights():
 def test_trap_27_shared_experts_are_one_of_their_summed_width(count):
     moe = experts_of(V1, n_shared_experts=count)
     assert (moe.shared_width, moe.shared_gate) == ((count or 0) * 1408, False)
+
+
+def test_trap_29_the_rows_of_gate_come_first(tiny):
+    path = tiny("deepseek")
+    stacked = fused(tensors_of(path))
+    write_tensors(path, stacked)
+    experts = load_model(path, progress=False).layers[1].feed_forward.experts
+    gate_EFD, up_EFD = stacked["model.layers.1.mlp.experts.gate_up_proj"].split(26, dim=1)
+    assert experts.gate.equal(gate_EFD)
+    assert experts.up.equal(up_EFD)
 
 
 @pytest.mark.parametrize("bias", [True, False, REMOVED])

@@ -5,7 +5,7 @@ import json
 import pytest
 from files import REMOVED, edit_json, tensors_of, write_tensors
 from layouts import fused, renamed
-from published import TINY_YARN, peer_of, reload, save
+from published import TINY_YARN, modern, peer_of, reload, save
 from test_deepseek_v3 import KIMI_K2, KIMI_K2_0905, ONE_GROUP
 from test_deepseek_v3 import SIZES as SIZES_OF_V3
 from transformers import AutoModelForImageTextToText
@@ -151,6 +151,8 @@ def test_the_text_is_what_it_would_be_alone():
     assert read(K25) == text
     assert read(K25 | {"text_config": K25["text_config"] | {"model_type": "deepseek_v3"}}) == text
     assert read(K25 | {"text_config": KIMI_K2}) == read(KIMI_K2) != text
+    newer = modern(KIMI_K2_0905, n_routed_experts="num_local_experts")
+    assert read(K25 | {"text_config": newer}) == text
 
 
 def test_trap_01_yarn_multiplies_the_softmax_scale_once():

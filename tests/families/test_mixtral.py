@@ -157,11 +157,8 @@ def test_trap_29_the_rows_of_gate_come_first(tmp_path):
 
 
 def test_trap_30_w1_is_gate_and_w3_is_up_and_w2_is_down(pristine):
-    path = pristine("mixtral")
-    experts, tensors = (
-        load_model(path, progress=False).layers[1].feed_forward.experts,
-        tensors_of(path),
-    )
+    tensors = tensors_of(pristine("mixtral"))
+    experts = load_model(pristine("mixtral"), progress=False).layers[1].feed_forward.experts
     for expert in range(len(experts.gate)):
         prefix = f"model.layers.1.block_sparse_moe.experts.{expert}"
         for part, name in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
