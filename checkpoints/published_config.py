@@ -58,8 +58,8 @@ def refuse_unread_mechanisms(fields: Fields, family: str) -> None:
     """A key that changes the architecture and that the family's adapter did not ask for."""
     for part in (fields, *fields.parts):
         for key in part.unread():
-            value = part.raw[key]
-            if key in MECHANISMS and (value not in MECHANISMS[key]):
+            value, without = part.raw[key], MECHANISMS.get(key)
+            if without is not None and (value is True or value not in without):
                 found = f"{part.where}{key} = {value!r}"
                 raise ConfigError(f"{found} changes the model in a way {family} does not have")
 

@@ -89,6 +89,6 @@ SWITCHES_AND_SIZES = (
     "zero_expert_num",
 )
 MECHANISMS: dict[str, tuple[object, ...]] = {
-    **dict.fromkeys(FACTORS, (None, 1)),
+    **dict.fromkeys(FACTORS, (None, False, 1)),
     **dict.fromkeys(SWITCHES_AND_SIZES, (None, False, 0, [])),
 }
