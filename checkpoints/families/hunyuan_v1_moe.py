@@ -1,7 +1,5 @@
 """Hunyuan-A13B: q/k norms after rope, rope's base stretched once and for all, a shared expert."""
 
-from dataclasses import replace
-
 from modeling import LayerConfig, ModelConfig, RopeConfig
 from moe import ConfigError, MoEConfig
 
@@ -24,14 +22,13 @@ def read_config(fields: Fields) -> ModelConfig:
     for key, value in AS_RELEASED.items():
         fields.flag_is(key, value)
     fields.integer("moe_layer_num_skipped", default=0, at_least=0, at_most=0)
-    width = fields.integer("head_dim", "attention_head_dim", default=llama.head_width(fields))
+    rope = rope_config(fields, llama.head_width(fields))
     attention = llama.grouped_query(
         fields,
-        rope_config(fields, width),
+        rope,
         qk_norm=llama.qk_norm(fields, after_rope=True),
         **llama.biases(fields),
     )
-    attention = replace(attention, head_width=width)
     layers = [LayerConfig(attention=attention, feed_forward=moe) for moe in experts(fields)]
     return llama.model_config(fields, layers)
 

@@ -60,8 +60,8 @@ def qk_norm(fields: Fields, **more: Any) -> QKNormConfig:
 
 def head_width(fields: Fields) -> int:
     """head_dim, which need not be hidden_size / num_attention_heads; that where it is not given."""
-    if fields.has("head_dim"):
-        return fields.integer("head_dim")
+    if fields.has("head_dim", "attention_head_dim"):
+        return fields.integer("head_dim", "attention_head_dim")
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     require(width % heads == 0, "num_attention_heads", heads, f"must divide hidden_size = {width}")
     return width // heads
