@@ -128,7 +128,8 @@ def test_killed_at_any_moment_converting_leaves_nothing_or_what_verify_calls_inc
 
 
 def test_loading_holds_one_copy_of_experts_one_by_one_and_fused(tmp_path):
-    model = model_of(tmp_path, "qwen3_moe", num_hidden_layers=8, num_experts=64, head_dim=64)
+    sizes = {"num_hidden_layers": 8, "num_experts": 64, "head_dim": 64, "mlp_only_layers": []}
+    model = model_of(tmp_path, "qwen3_moe", **sizes, decoder_sparse_step=1)
     save_model(model, tmp_path / "singly", max_shard_bytes=10**9)
     fused = tmp_path / "fused"
     fused.mkdir()
