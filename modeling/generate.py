@@ -10,14 +10,17 @@ with no drafts. In bfloat16 near-ties may fall differently.
 Rows of a batch have their own lengths: they are padded on the right, and their caches cut back to
 what is valid.
 
-Shapes: B rows, T new tokens (of the longest row), D model width, V vocabulary.
+Shapes: B rows, T new tokens (of the longest row), n positions of one row to choose at, D model
+width, V vocabulary.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from .drafting import Drafter, padded
 from .model import Transformer
@@ -190,19 +193,10 @@ def decode(
         logits = model.logits(torch.cat(deciding)).split([len(states) for states in deciding])
         new: list[list[int]] = [[] for _ in rows]
         for row in rows:
-            if finished[row]:
-                continue
-            for draft, logits_V in zip([*drafts[row], None], logits[row], strict=True):
-                if finished[row]:
-                    break
-                token = sampling.choose(logits_V, random[row])
-                if token in stop_ids:
-                    finished[row] = True
-                    break
-                new[row].append(token)
-                finished[row] = len(prompts[row]) + len(new[row]) == limits[row]
-                if token != draft:
-                    break
+            if not finished[row]:
+                choose = partial(sampling.choose, random=random[row])
+                room = limits[row] - len(prompts[row])
+                new[row], finished[row] = chosen(logits[row], drafts[row], choose, stop_ids, room)
             count_drafts(statistics, drafts[row], new[row])
             prompts[row] += new[row]
         # All but the newest token has been through the model; what was fed beyond is forgotten,
@@ -217,6 +211,25 @@ def decode(
         spare = [0 if finished[row] else limits[row] - len(prompts[row]) - 1 for row in rows]
         drafts = drafter.draft(confirmed, prompts, min(draft_tokens, max(spare)))
         drafts = [drafts[row][: spare[row]] for row in rows]
+
+
+def chosen(
+    logits_nV: Tensor,
+    drafts: list[int],
+    choose: Callable[[Tensor], int],
+    stop_ids: set[int],
+    room: int,
+) -> tuple[list[int], bool]:
+    """A row's next tokens, as long as they are what was drafted, and whether the row ends there."""
+    new: list[int] = []
+    for draft, logits_V in zip([*drafts, None], logits_nV, strict=True):
+        token = choose(logits_V)
+        if token in stop_ids:
+            return new, True
+        new.append(token)
+        if token != draft or len(new) == room:
+            break
+    return new, len(new) == room
 
 
 def count_drafts(statistics: GenerationStatistics, drafts: list[int], new: list[int]) -> None:

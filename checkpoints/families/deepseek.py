@@ -98,6 +98,14 @@ def dense_and_sparse(
     return llama.model_config(fields, layers, mtp=(sparse,) * mtp, **more)
 
 
+def layer_kinds(fields: Fields) -> list[str]:
+    """mlp_layer_types; without it first_k_dense_replace dense layers, of which there is one."""
+    count = llama.num_layers(fields)
+    num_dense = fields.integer("first_k_dense_replace", default=1, at_least=0, at_most=count)
+    default = ["dense"] * num_dense + ["sparse"] * (count - num_dense)
+    return fields.layer_kinds("mlp_layer_types", ["dense", "sparse"], default)
+
+
 def dense(fields: Fields) -> DenseConfig:
     return DenseConfig(width=fields.integer("intermediate_size"))
 

@@ -41,8 +41,7 @@ def windows_of(fields: Fields) -> list[int | None]:
     default = [
         "sliding_attention" if slide and i >= first else "full_attention" for i in range(count)
     ]
-    kinds = fields.layer_kinds("layer_types", ["sliding_attention", "full_attention"], default)
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return llama.windows(fields, window, default)
 
 
 FAMILY = Family(read_config, llama.decoder((*llama.NORMS, *llama.ATTENTION, *FEED_FORWARD)))

@@ -4,12 +4,12 @@ from modeling import ModelConfig
 
 from ..config_file import Fields
 from ..mapping import Family
-from . import llama
 from .deepseek import (
     BLOCK,
     MTP_COPIES,
     dense_and_sparse,
     latent_attention,
+    layer_kinds,
     num_mtp,
     rope_layout,
     v3_experts,
@@ -22,14 +22,6 @@ def read_config(fields: Fields) -> ModelConfig:
     return dense_and_sparse(
         fields, attention, v3_experts(fields), layer_kinds(fields), num_mtp(fields)
     )
-
-
-def layer_kinds(fields: Fields) -> list[str]:
-    """mlp_layer_types; without it first_k_dense_replace dense layers, of which there is one."""
-    count = llama.num_layers(fields)
-    num_dense = fields.integer("first_k_dense_replace", default=1, at_least=0, at_most=count)
-    default = ["dense"] * num_dense + ["sparse"] * (count - num_dense)
-    return fields.layer_kinds("mlp_layer_types", ["dense", "sparse"], default)
 
 
 FAMILY = Family(read_config, with_mtp(BLOCK), MTP_COPIES)

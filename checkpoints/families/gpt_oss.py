@@ -49,11 +49,9 @@ def read_config(fields: Fields) -> ModelConfig:
 
 def windows_of(fields: Fields) -> list[int | None]:
     """layer_types; without it every second layer, from the first on, has a window."""
-    default = ["sliding_attention", "full_attention"] * llama.num_layers(fields)
-    known = ["sliding_attention", "full_attention"]
-    kinds = fields.layer_kinds("layer_types", known, default[: llama.num_layers(fields)])
-    window = fields.integer("sliding_window")
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    count = llama.num_layers(fields)
+    default = (["sliding_attention", "full_attention"] * count)[:count]
+    return llama.windows(fields, fields.integer("sliding_window"), default)
 
 
 ATTENTION = (*llama.ATTENTION, Rule("attention.sinks", "self_attn.sinks"))

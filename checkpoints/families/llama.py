@@ -5,7 +5,7 @@ what is its own.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -127,6 +127,13 @@ def mscales(section: Fields) -> tuple[float, float]:
 def g(mscale: float, factor: float) -> float:
     """YaRN's temperature: 0.1 * mscale * ln(factor) + 1."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def windows(fields: Fields, window: int | None, default: Sequence[str]) -> list[int | None]:
+    """The window of each layer by layer_types; default: the kinds where that is absent."""
+    known = ["sliding_attention", "full_attention"]
+    kinds = fields.layer_kinds("layer_types", known, default)
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def rules(names: dict[str, str]) -> tuple[Rule, ...]:

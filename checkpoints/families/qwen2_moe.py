@@ -57,8 +57,7 @@ def windows_of(fields: Fields) -> list[int | None]:
     default = [
         "sliding_attention" if i % 2 == 0 and i < below else "full_attention" for i in range(count)
     ]
-    kinds = fields.layer_kinds("layer_types", ["sliding_attention", "full_attention"], default)
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return llama.windows(fields, window, default)
 
 
 def all_windows(attention: GQAConfig, fields: Fields) -> GQAConfig:
