@@ -4,6 +4,7 @@ Reads headers only. Loading, converting and checking all start from here: loadin
 any error, checking tells all of them.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ from torch import Tensor
 from modeling import ModelConfig, Transformer
 
 from .config_file import CheckpointError
-from .mapping import Entry, Family, Shape, correspondences
+from .mapping import Entry, Family, Shape, correspondences, filled_in, num_blocks
 from .published_config import family_of, read_config
 from .shards import Shards, StoredTensor, open_shards, raise_any, some
 from .weights import Weight, weights_of
@@ -51,7 +52,7 @@ def compare(directory: Path, config: ModelConfig, shards: Shards, mtp: bool = Tr
     if far_too_large := size_error(shapes, shards, directory):
         contents.errors.append(far_too_large)
         return contents
-    contents.entries = correspondences(family.rules, shapes, num_blocks(config), weights)
+    contents.entries = correspondences(family.rules, shapes, config, weights)
     contents.copies = copied_entries(family, config, shapes)
     contents.heads = tied_head_entries(family, config, shapes)
     missing, unexpected = name_differences(contents, skipped, family)
@@ -83,10 +84,6 @@ def quantization_in(config: ModelConfig) -> Mapping:
     return published.get("quantization_config") or text.get("quantization_config") or {}
 
 
-def num_blocks(config: ModelConfig) -> int:
-    return len(config.layers) + len(config.mtp)
-
-
 def own_state(model: Transformer) -> dict[str, Tensor]:
     """The model's tensors by our names, a shared one once."""
     state = dict(model.state_dict())
@@ -105,38 +102,40 @@ MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 def without_mtp(config: ModelConfig) -> ModelConfig:
     published = {key: 0 if key in MTP_COUNTS else v for key, v in config.published.items()}
-    return replace(config, mtp=(), published=published)
+    return replace(config, mtp=replace(config.mtp, blocks=()), published=published)
 
 
 def with_mtp_as_stored(
     config: ModelConfig, family: Family, weights: Mapping[str, Weight], wanted: bool
 ) -> tuple[ModelConfig, list[str], list[str]]:
     """The config with the MTP modules to load, the names of those to leave out, and notes."""
-    if not config.mtp:
+    if not config.mtp.blocks:
         return config, [], []
-    numbers = range(len(config.layers), num_blocks(config))
     prefixes = {
-        rule.published.partition("{layer}.")[0] + f"{number}."
+        filled_in(re.sub(r"(\{(layer|mtp)\}\.).*", r"\1", rule.published), layer, config)
         for rule in family.rules
         if rule.names[0].startswith("mtp.")
-        for number in numbers
+        for layer in range(len(config.layers), num_blocks(config))
     }
     stored = [name for name in weights if name.startswith(tuple(prefixes))]
     if wanted and stored:
         return config, [], []
-    announced = f"the config announces {len(config.mtp)} MTP module(s) and the files hold none: "
+    count = len(config.mtp.blocks)
+    announced = f"the config announces {count} MTP module(s) and the files hold none: "
     notes = [announced + "loading the model without"] if wanted else []
     return without_mtp(config), stored, notes
 
 
 def copied_entries(family: Family, config: ModelConfig, shapes: dict[str, Shape]) -> list[Entry]:
-    """Embedding and head as files repeat them in every MTP module."""
+    """Embedding and head as files repeat them in every MTP module that has none of its own."""
+    own = {"embed.weight": config.mtp.own_embedding, "head.weight": config.mtp.own_head}
     copies = []
     for rule in family.copies:
         ours = "embed.weight" if config.tied_embeddings else rule.names[0]
         for layer in range(len(config.layers), num_blocks(config)):
-            published = rule.published.replace("{mtp}", str(layer))
-            copies.append(Entry(published, shapes[ours], (ours,)))
+            if not own[rule.names[0]]:
+                published = filled_in(rule.published, layer, config)
+                copies.append(Entry(published, shapes[ours], (ours,)))
     return copies
 
 

@@ -44,7 +44,10 @@ def load_model(
         state = fill(contents, shards, torch.device(device), dtype, progress)
         for copy in contents.copies:
             if differing(copy, contents, shards, state) is not None:
-                told = f"{copy.published} differs from the tensor it repeats: not used"
+                told = (
+                    f"{copy.published} differs from the tensor it repeats: not used; "
+                    "mtp_own_embedding or mtp_own_head in config.json would"
+                )
                 warnings.warn(told, stacklevel=2)
         config = contents.config
         for entry in contents.heads:

@@ -1,9 +1,10 @@
 """How published tensor names and ours correspond: rules as data, read in both directions.
 
 A rule pairs a template of ours with one of theirs. `{layer}` runs over all layers, MTP modules
-continuing the count of the main ones; `{expert}` in the published name says that the file keeps
-each expert of our stacked tensor by itself. Where their tensor is not simply ours, an einops
-pattern says how it becomes ours, several of which are stacked along the first axis, P.
+continuing the count of the main ones, and `{mtp}` is their number among themselves; `{expert}` in
+the published name says that the file keeps each expert of our stacked tensor by itself. Where their
+tensor is not simply ours, an einops pattern says how it becomes ours, several of which are stacked
+along the first axis, P.
 
 Where the files of a family come in several layouts there is a rule for each: the one whose names
 are there is used for loading, the first for saving.
@@ -97,15 +98,15 @@ def packed(pattern: str, parts: Sequence[Tensor]) -> Tensor:
 def correspondences(
     rules: Sequence[Rule],
     shapes: Mapping[str, Shape],
-    num_layers: int,
+    config: ModelConfig,
     present: Collection[str] | None = None,
 ) -> list[Entry]:
-    """An entry for every tensor of a file that holds a model of these shapes.
+    """An entry for every tensor of a file that holds a model of this config and these shapes.
 
     present: the names in the file, which decide between layouts; None for the layout to save in.
     Raises ValueError if the rules say nothing about one of our names.
     """
-    candidates = [entries for rule in rules for entries in instances(rule, shapes, num_layers)]
+    candidates = [entries for rule in rules for entries in instances(rule, shapes, config)]
     found: list[Entry] = []
     covered: set[str] = set()
 
@@ -125,15 +126,25 @@ def correspondences(
     return found
 
 
-def instances(rule: Rule, shapes: Mapping[str, Shape], num_layers: int) -> list[list[Entry]]:
+def num_blocks(config: ModelConfig) -> int:
+    return len(config.layers) + len(config.mtp.blocks)
+
+
+def filled_in(template: str, layer: int, config: ModelConfig) -> str:
+    """A name of either side for one layer, or one MTP module."""
+    mtp = layer - len(config.layers)
+    return template.replace("{layer}", str(layer)).replace("{mtp}", str(mtp))
+
+
+def instances(rule: Rule, shapes: Mapping[str, Shape], config: ModelConfig) -> list[list[Entry]]:
     """The entries of one rule, grouped by the tensors of ours that they fill together."""
-    layered = "{layer}" in rule.published
+    layered = "{layer}" in rule.names[0]
     groups = []
-    for layer in range(num_layers if layered else 1):
-        ours = tuple(template.replace("{layer}", str(layer)) for template in rule.names)
+    for layer in range(num_blocks(config) if layered else 1):
+        ours = tuple(filled_in(template, layer, config) for template in rule.names)
         if any(name not in shapes for name in ours):
             continue
-        published = rule.published.replace("{layer}", str(layer))
+        published = filled_in(rule.published, layer, config)
         shape = shapes[ours[0]]
         if "{expert}" in published:
             names = [published.replace("{expert}", str(expert)) for expert in range(shape[0])]

@@ -11,7 +11,7 @@ from modeling import Transformer
 from moe import ConfigError
 
 from .config_file import CheckpointError, Fields
-from .contents import copied_entries, num_blocks, own_state
+from .contents import copied_entries, own_state
 from .mapping import Entry, correspondences
 from .published_config import family_of
 from .writing import FP8, FP8_CONFIG, Planned, write_checkpoint
@@ -35,7 +35,7 @@ def save_model(
     state = own_state(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     family = family_of(model.config, path)
-    entries = correspondences(family.rules, shapes, num_blocks(model.config))
+    entries = correspondences(family.rules, shapes, model.config)
     entries += copied_entries(family, model.config, shapes)
 
     def planned(entry: Entry) -> Planned:

@@ -122,7 +122,7 @@ def tensor_errors(
         yield from unwritten(name, tensor if tensor.dim() == 3 else tensor[None])
     if ours.endswith("selection_bias"):
         layer = int(ours.split(".")[1])
-        moe = (config.layers + config.mtp)[layer].feed_forward
+        moe = (config.layers + config.mtp.blocks)[layer].feed_forward
         if isinstance(moe, MoEConfig) and moe.num_groups == 1:
             yield from shut_out(name, tensor.flatten(), moe.top_k)
 

@@ -8,7 +8,9 @@ next append and never attended to.
 Shapes: B batch, T new tokens, S entries to attend to, W width of an entry, C entries kept.
 """
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -79,6 +81,15 @@ class LayerCache:
         self.check(lengths)
         self.lengths = list(lengths)
 
+    def spread(self, lengths: Sequence[int]) -> Self:
+        """A cache of its own with a row for each of `lengths`: the beginning of this one's row."""
+        (held,), rows = self.lengths, len(lengths)
+        spread = copy.copy(self)
+        spread.buffers = [buffer.repeat(rows, 1, 1) for buffer in self.buffers]
+        spread.lengths = [held] * rows
+        spread.truncate(lengths)
+        return spread
+
     def check(self, lengths: Sequence[int]) -> None:
         """Raise ValueError unless the rows can be cut back to these lengths."""
         if len(lengths) != len(self.lengths):
@@ -142,6 +153,11 @@ class WindowCache(LayerCache):
                     f"row {row} cannot be truncated to {length}: what a window of {self.window} "
                     f"does not show any more is forgotten; make the cache with a larger rollback"
                 )
+
+    def spread(self, lengths: Sequence[int]) -> Self:
+        (floor,), whole = self.floors, copy.copy(self)
+        whole.floors = [floor] * len(lengths)
+        return super(WindowCache, whole).spread(lengths)
 
     def truncate(self, lengths: Sequence[int]) -> None:
         super().truncate(lengths)

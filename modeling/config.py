@@ -153,6 +153,40 @@ class LayerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MTPConfig:
+    """Multi-token-prediction modules (DeepSeek-V3, section 2.2) and how they are wired.
+
+    Nothing published says how, and implementations disagree. The defaults are what transformers
+    5.23 computes (`MtpModel`); `python -m tools probe-mtp` measures what weights were trained with.
+    """
+
+    blocks: tuple[LayerConfig, ...] = ()  # of each module, in the order of their depths
+    # The main model's state that the first module reads: after the norm before the head (also
+    # Megatron-LM, vLLM, SGLang), or before it: "raw" (torchtitan).
+    input: str = "normed"
+    # What the draft after next is made from: the module's own state after the norm before the head
+    # (also Megatron-LM, torchtitan, SGLang, newer vLLM), before it: "raw" (vLLM up to 2026), or
+    # what the first module read, held fixed: "main" (AMD's reference code).
+    carry: str = "normed"
+    # What stands first in what the projection reads: the embedding (every public implementation for
+    # the weights of DeepSeek and GLM), or the state (as the paper prints it; MiMo, Inkling).
+    first: str = "embedding"
+    final_norm: str = "own"  # before the head: the module's "own", the "main" model's, or "none"
+    own_embedding: bool = False  # else the main model's
+    own_head: bool = False  # else the main model's
+
+    def __post_init__(self) -> None:
+        layers = isinstance(self.blocks, tuple)
+        require(layers, "mtp blocks", self.blocks, "must be a tuple of LayerConfig")
+        require_choice("mtp input", self.input, ("normed", "raw"))
+        require_choice("mtp carry", self.carry, ("normed", "raw", "main"))
+        require_choice("mtp first", self.first, ("embedding", "state"))
+        require_choice("mtp final_norm", self.final_norm, ("own", "main", "none"))
+        require_flag("mtp own_embedding", self.own_embedding)
+        require_flag("mtp own_head", self.own_head)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only language model.
 
@@ -163,7 +197,7 @@ class ModelConfig:
     vocab_size: int
     d_model: int
     layers: tuple[LayerConfig, ...]
-    mtp: tuple[LayerConfig, ...] = ()  # the block of each multi-token-prediction module
+    mtp: MTPConfig = MTPConfig()
     norm_epsilon: float = 1e-6
     tied_embeddings: bool = False  # the head uses the embedding's weight
     embedding_multiplier: float = 1.0

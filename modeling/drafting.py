@@ -4,11 +4,15 @@ Shapes: B rows, T positions (of the longest row), n positions of one row, D mode
 V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .model import Transformer, new_positions
+from .mtp import next_state
+from .sampling import Draft, RandomStream, Sampling
 
 
 class Drafter:
@@ -16,70 +20,88 @@ class Drafter:
 
     Module j's entry for position i is made from the previous module's state there and token
     i + j. With n known tokens its cache is therefore valid up to position n - j, exclusive; what
-    rests on drafted tokens is cut off again. The previous module's states for the positions that
-    it could not take yet wait in `waiting`. Drafts beyond the number of modules come from the
-    last one, fed its own state and draft.
+    rests on drafted tokens is cut off again. States that a module has not made such entries of
+    yet wait for it: of the newest token, and of rounds in which it did not draft. Drafts beyond
+    the number of modules come from the last one, fed its own state and draft.
     """
 
-    def __init__(self, model: Transformer, batch_size: int, capacity: int, rollback: int) -> None:
-        self.model = model
-        self.modules = list(model.mtp.values())
-        self.caches = model.make_mtp_caches(batch_size, capacity, rollback)
-        nothing = model.embed.weight.new_zeros(0, model.config.d_model)
-        self.waiting = [[nothing] * batch_size for _ in self.modules]  # per module, per row
+    def __init__(
+        self,
+        model: Transformer,
+        capacity: int,
+        rollback: int,
+        sampling: Sampling,
+        random: Sequence[RandomStream],
+    ) -> None:
+        self.model, self.modules = model, model.mtp_modules
+        self.sampling, self.random = sampling, random
+        self.caches = model.make_mtp_caches(len(random), capacity, rollback)
+        # per module, per row: pieces of one (n, D)
+        self.waiting: list[list[list[Tensor]]] = [[[] for _ in random] for _ in self.modules]
 
-    def draft(
-        self, confirmed: list[Tensor], tokens: list[list[int]], count: int
-    ) -> list[list[int]]:
-        """`count` drafted tokens for each row that has new states; none for the others.
+    def add(self, confirmed: list[Tensor]) -> None:
+        """Take the main model's new states of each row, (n, D), that follow those taken before."""
+        for waiting, new_nD in zip(self.waiting[0], confirmed, strict=True):
+            waiting.append(new_nD)
 
-        confirmed: per row the main model's (n, D) new states, the last one at the position before
-        the newest of `tokens`. `count` may fall from round to round and must not rise.
+    def draft(self, tokens: list[list[int]], counts: list[int]) -> list[list[Draft]]:
+        """`counts[row]` drafts for each row, which follow its `tokens`.
+
+        The main model's states of all but the newest of a drafting row's tokens have been added.
         """
         rows, known = range(len(tokens)), [list(row) for row in tokens]
-        states, left_over = confirmed, list(self.waiting)
-        for depth in range(1, count + 1):
+        drafts: list[list[Draft]] = [[] for _ in rows]
+        nothing = self.model.embed.weight.new_zeros(0, self.model.config.d_model)
+        handed = [nothing for _ in rows]  # states that rest on drafts, to the next depth
+        for depth in range(1, max(counts) + 1):
             number = min(depth, len(self.modules))
-            if depth == number:
-                states = [
-                    torch.cat([waiting, new]) if len(new) else new
-                    for waiting, new in zip(self.waiting[depth - 1], states, strict=True)
-                ]
-            else:
-                states = [states_nD[-1:] for states_nD in states]
+            going = [row for row in rows if depth <= counts[row]]
+            read = [nothing for _ in rows]
+            for row in going:
+                waiting = self.waiting[number - 1][row] if depth == number else []
+                read[row] = torch.cat([*waiting, handed[row]])
             starts = self.caches[number - 1].lengths
-            states = self.run(number, states, known)
-            if depth < len(self.modules):
-                left_over[depth] = [
-                    states[row][untaken(depth, starts[row], len(tokens[row]))] for row in rows
-                ]
-            guessing = [row for row in rows if len(states[row])]
-            logits_nV = self.model.logits(torch.stack([states[row][-1] for row in guessing]))
-            for row, token in zip(guessing, logits_nV.argmax(dim=-1).tolist(), strict=True):
-                known[row].append(token)
-        self.waiting = left_over
-        for number, cache in enumerate(self.caches[:count], start=1):
-            lengths = zip(cache.lengths, tokens, strict=True)
-            cache.truncate([min(held, max(0, len(row) - number)) for held, row in lengths])
-        return [known[row][len(tokens[row]) :] for row in rows]
+            left, following = self.run(number, read, known)
+            for row in going:
+                logits_V = self.model.logits(left[row][-1], self.modules[number - 1])
+                drafts[row].append(self.sampling.draft(logits_V, self.random[row]))
+                known[row].append(drafts[row][-1].token)
+                handed[row] = following[row][-1:]
+                if depth == number:
+                    lasting = max(0, len(tokens[row]) - number - starts[row])
+                    waited = sum(map(len, self.waiting[number - 1][row]))
+                    self.waiting[number - 1][row] = [read[row][lasting:waited]]
+                    if number < len(self.modules):
+                        self.waiting[number][row].append(following[row][:lasting])
+                        handed[row] = following[row][lasting:]
+        for number, cache in enumerate(self.caches[: max(counts)], start=1):
+            pairs = zip(cache.lengths, tokens, strict=True)
+            cache.truncate([min(held, max(0, len(row) - number)) for held, row in pairs])
+        return drafts
 
-    def run(self, number: int, states: list[Tensor], known: list[list[int]]) -> list[Tensor]:
-        """Module `number` on each row's states and the tokens that far ahead; (n, D) each."""
-        cache, module = self.caches[number - 1], self.modules[number - 1]
-        starts, counts = cache.lengths, [len(states_nD) for states_nD in states]
+    def run(
+        self, number: int, read: list[Tensor], known: list[list[int]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Module `number` on each row's states and the tokens so far ahead.
+
+        Returns what the head reads and what the next draft is made from, (n, D) for each row.
+        """
+        cache, counts = self.caches[number - 1], [len(read_nD) for read_nD in read]
+        starts = cache.lengths
         ahead = [
             row[start + number :][:n] for row, start, n in zip(known, starts, counts, strict=True)
         ]
         tokens_BT = padded(ahead, self.model)
-        state_BTD = pad_sequence(states, batch_first=True)
+        read_BTD = pad_sequence(read, batch_first=True)
         positions = new_positions(starts, tokens_BT, counts)
-        state_BTD = module(state_BTD, self.model.embedded(tokens_BT), positions, cache)
-        return [state_nD[:n] for state_nD, n in zip(state_BTD, counts, strict=True)]
+        left = self.model.mtp_step(self.modules[number - 1], read_BTD, tokens_BT, positions, cache)
+        following_BTD = next_state(self.model.config.mtp, read_BTD, left)
+        return cut(left.normed_BTD, counts), cut(following_BTD, counts)
 
 
-def untaken(number: int, start: int, num_known: int) -> slice:
-    """Which of module `number`'s new states, the first at `start`, the next one cannot take yet."""
-    return slice(max(0, num_known - number - 1) - start, max(0, num_known - number) - start)
+def cut(state_BTD: Tensor, counts: list[int]) -> list[Tensor]:
+    """The real positions of each row."""
+    return [state_nD[:n] for state_nD, n in zip(state_BTD, counts, strict=True)]
 
 
 def padded(rows: list[list[int]], model: Transformer) -> Tensor:

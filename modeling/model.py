@@ -16,7 +16,7 @@ from .attention import GroupedQueryAttention
 from .cache import Cache, LayerCache
 from .config import DenseConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig
 from .mla import MultiHeadLatentAttention
-from .mtp import MTPModule
+from .mtp import MTPModule, States, embedding, first_state, next_state
 from .norm import RMSNorm
 from .rope import Positions
 
@@ -79,8 +79,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         D, epsilon = config.d_model, config.norm_epsilon
-        # not nn.Embedding(V, D), which draws numbers that nobody uses
-        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, D), freeze=False)
+        self.embed = embedding(config.vocab_size, D)
         self.layers = nn.ModuleList(Block(D, epsilon, layer) for layer in config.layers)
         self.norm = RMSNorm(D, epsilon)
         self.head = nn.Linear(D, config.vocab_size, bias=False)
@@ -88,8 +87,8 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self.mtp = nn.ModuleDict(
             {
-                str(len(config.layers) + j): MTPModule(D, epsilon, Block(D, epsilon, layer))
-                for j, layer in enumerate(config.mtp)
+                str(len(config.layers) + j): MTPModule(config, Block(D, epsilon, layer))
+                for j, layer in enumerate(config.mtp.blocks)
             }
         )
 
@@ -104,7 +103,7 @@ class Transformer(nn.Module):
         """
         if logits_to_keep is not None and logits_to_keep < 1:
             raise ValueError(f"logits_to_keep = {logits_to_keep}: must be >= 1")
-        x_BTD = self.hidden_states(tokens_BT, cache)
+        x_BTD = self.hidden_states(tokens_BT, cache).normed_BTD
         return self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
 
     def hidden_states(
@@ -112,8 +111,8 @@ class Transformer(nn.Module):
         tokens_BT: Tensor,
         cache: Cache | None = None,
         counts: Sequence[int] | None = None,
-    ) -> Tensor:
-        """What the head and the first MTP module read: (B, T, D), after the final norm.
+    ) -> States:
+        """The states, (B, T, D), before and after the final norm, which the head reads.
 
         counts: how many tokens of each row are real, where rows are padded on the right; the
         cache keeps those alone.
@@ -122,19 +121,20 @@ class Transformer(nn.Module):
         lengths = [0] if cache is None else cache.lengths
         if cache is not None and len(lengths) != len(tokens_BT):
             raise ValueError(f"{len(tokens_BT)} rows of tokens for a cache of {len(lengths)}")
-        x_BTD = self.embedded(tokens_BT)
+        x_BTD = self.embed(tokens_BT) * self.config.embedding_multiplier
         positions = new_positions(lengths, tokens_BT, counts)
         for i, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, positions, None if cache is None else cache.layers[i])
+        return self.states(x_BTD, self.norm)
+
+    def states(self, x_BTD: Tensor, norm: nn.Module) -> States:
         # the head is linear: what scales its input scales the logits, in the loss as well
-        return self.norm(x_BTD) * self.config.logits_multiplier
+        return States(x_BTD, norm(x_BTD) * self.config.logits_multiplier)
 
-    def embedded(self, tokens_BT: Tensor) -> Tensor:
-        return self.embed(tokens_BT) * self.config.embedding_multiplier
-
-    def logits(self, x_BTD: Tensor) -> Tensor:
-        """The head on hidden states, (B, T, V), in float32 at least."""
-        logits_BTV = self.head(x_BTD)
+    def logits(self, x_BTD: Tensor, module: MTPModule | None = None) -> Tensor:
+        """The head on normed states, of an MTP module if one is named, in float32 at least."""
+        own = None if module is None else module.head
+        logits_BTV = (own or self.head)(x_BTD)
         return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
 
     def make_cache(self, batch_size: int, max_length: int, rollback: int = 0) -> Cache:
@@ -151,23 +151,47 @@ class Transformer(nn.Module):
         self, batch_size: int, max_length: int, rollback: int = 0
     ) -> list[LayerCache]:
         """An empty cache for each MTP module."""
-        blocks = [cast(Block, module.block) for module in self.mtp.values()]
+        blocks = [cast(Block, module.block) for module in self.mtp_modules]
         return [block.attention.make_cache(batch_size, max_length, rollback) for block in blocks]
 
     def mtp_logits(self, tokens_BT: Tensor) -> list[Tensor]:
         """Logits of depths k = 1, 2, ...: (B, T - k, V); position i predicts token i + 1 + k."""
-        x_BTD = self.hidden_states(tokens_BT)
-        return [self.logits(h_BtD) for h_BtD in self.mtp_hidden_states(x_BTD, tokens_BT)]
+        depths = self.mtp_hidden_states(self.hidden_states(tokens_BT), tokens_BT)
+        return list(map(self.logits, depths, self.mtp_modules))
 
-    def mtp_hidden_states(self, x_BTD: Tensor, tokens_BT: Tensor) -> list[Tensor]:
-        """What the head reads at each depth k, (B, T - k, D), after `hidden_states` x_BTD."""
-        states, x_BtD = [], x_BTD
-        for k, module in enumerate(self.mtp.values(), start=1):
-            next_BtD = self.embedded(tokens_BT[:, k:])
-            positions = new_positions([0], tokens_BT[:, k:])
-            x_BtD = module(x_BtD[:, : next_BtD.shape[1]], next_BtD, positions, None)
-            states.append(x_BtD * self.config.logits_multiplier)
-        return states
+    def mtp_hidden_states(self, states: States, tokens_BT: Tensor) -> list[Tensor]:
+        """What the head reads at each depth k, (B, T - k, D), after `hidden_states` of the text."""
+        depths, read_BtD = [], first_state(self.config.mtp, states)
+        for k, module in enumerate(self.mtp_modules, start=1):
+            next_Bt = tokens_BT[:, k:]
+            read_BtD = read_BtD[:, : next_Bt.shape[1]]
+            left = self.mtp_step(module, read_BtD, next_Bt, new_positions([0], next_Bt), None)
+            depths.append(left.normed_BTD)
+            read_BtD = next_state(self.config.mtp, read_BtD, left)
+        return depths
+
+    def mtp_step(
+        self,
+        module: MTPModule,
+        state_BTD: Tensor,
+        tokens_BT: Tensor,
+        positions: Positions,
+        cache: LayerCache | None,
+    ) -> States:
+        """One module on states and the tokens that it embeds beside them."""
+        embedding_BTD = (module.embed or self.embed)(tokens_BT) * self.config.embedding_multiplier
+        x_BTD = module(state_BTD, embedding_BTD, positions, cache)
+        return self.states(x_BTD, module.norm or self.norm)
+
+    @property
+    def mtp_modules(self) -> list[MTPModule]:
+        """In the order of their depths."""
+        return [cast(MTPModule, module) for module in self.mtp.values()]
+
+    @property
+    def mtp_heads(self) -> list[Tensor]:
+        """The (V, D) weight of the head that each depth is read with."""
+        return [(module.head or self.head).weight for module in self.mtp_modules]
 
     def check_tokens(self, tokens_BT: Tensor) -> None:
         if tokens_BT.dim() != 2 or tokens_BT.dtype != torch.int64:

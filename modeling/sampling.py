@@ -1,12 +1,41 @@
 """Choosing a token from logits: greedy, or drawn after temperature, top-k, top-p and min-p.
 
+And judging a token that was drafted (Leviathan et al. 2023, algorithm 1): one drawn from q is kept
+with probability min(1, p / q), and otherwise replaced by a draw from what p has above q, which
+together is a draw from p. Both distributions are those after all filters.
+
 Shapes: V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Draft(NamedTuple):
+    """A token that somebody guessed, and what it was drawn from; None: nothing was drawn."""
+
+    token: int
+    probability_V: Tensor | None
+
+
+class RandomStream:
+    """Where chance comes from: numbers begun at `seed`, or anywhere without one."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.generator = torch.Generator()
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    def draw(self, probability_V: Tensor) -> int:
+        return int(probability_V.multinomial(1, generator=self.generator))
+
+    def happens(self, probability: float) -> bool:
+        return float(torch.rand((), generator=self.generator, dtype=torch.float64)) < probability
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +59,11 @@ class Sampling:
                 raise ValueError(f"{name} = {value}: must {rule}")
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
-        """The distribution to draw from, (V,): temperature, then top-k, top-p and min-p in turn."""
-        logits_V = logits_V / self.temperature
+        """The distribution to draw from, (V,): temperature, then top-k, top-p and min-p in turn.
+
+        In float64 on the CPU, so that p / q and p - q below are not made of rounding errors.
+        """
+        logits_V = checked(logits_V).cpu().double() / self.temperature
         if self.top_k is not None and self.top_k < len(logits_V):
             logits_V = logits_V.where(logits_V >= logits_V.topk(self.top_k).values[-1], -torch.inf)
         probability_V = logits_V.softmax(dim=-1)
@@ -44,19 +76,41 @@ class Sampling:
             probability_V = probability_V.where(likely_V, 0)
         return probability_V / probability_V.sum()
 
-    def choose(self, logits_V: Tensor, random: torch.Generator) -> int:
-        if logits_V.isnan().any():
-            raise ValueError("the model's logits are not numbers (NaN): its weights are damaged")
+    def choose(self, logits_V: Tensor, random: RandomStream) -> int:
+        return self.draft(logits_V, random).token
+
+    def draft(self, logits_V: Tensor, random: RandomStream) -> Draft:
+        """A choice with what `judged` needs to know of how it was made."""
         if self.temperature == 0:
-            return int(logits_V.argmax())
-        return int(self.probabilities(logits_V.cpu()).multinomial(1, generator=random))
+            return Draft(int(checked(logits_V).argmax()), None)
+        probability_V = self.probabilities(logits_V)
+        return Draft(random.draw(probability_V), probability_V)
+
+    def judged(self, logits_V: Tensor, draft: Draft, random: RandomStream) -> int:
+        """The draft or another token, so that it is distributed like a choice from the logits."""
+        q_V = draft.probability_V
+        if q_V is None:
+            return self.choose(logits_V, random)
+        p_V = self.probabilities(logits_V)
+        if random.happens(acceptance(p_V, q_V, draft.token)):
+            return draft.token
+        return random.draw(residual(p_V, q_V))
 
 
-def random_stream(seed: int | None) -> torch.Generator:
-    """A stream of random numbers begun at `seed`, or anywhere without one."""
-    random = torch.Generator()
-    if seed is None:
-        random.seed()
-    else:
-        random.manual_seed(seed)
-    return random
+def checked(logits_V: Tensor) -> Tensor:
+    if logits_V.isnan().any():
+        raise ValueError("the model's logits are not numbers (NaN): its weights are damaged")
+    return logits_V
+
+
+def acceptance(p_V: Tensor, q_V: Tensor, token: int) -> float:
+    """With what probability a token drawn from q is kept where p is wanted."""
+    return min(1.0, float(p_V[token] / q_V[token]))
+
+
+def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
+    """The distribution to draw from where a draw from q was not kept: p's excess over q."""
+    excess_V = (p_V - q_V).clamp(min=0)
+    total = excess_V.sum()
+    # without any excess the two are equal, and only rounding can have refused the draft
+    return excess_V / total if total > 0 else p_V

@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import MtpModel
 from transformers.utils.logging import disable_progress_bar
 
-from checkpoints.contents import copied_entries, num_blocks, own_state
+from checkpoints.contents import copied_entries, own_state
 from checkpoints.mapping import Entry, correspondences
 from checkpoints.published_config import family_of
 from modeling import ModelConfig, RopeConfig, Transformer
@@ -64,7 +64,7 @@ def entries_of(config: ModelConfig, present=None) -> list[Entry]:
         state = own_state(Transformer(config))
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     family = family_of(config, "a test")
-    entries = correspondences(family.rules, shapes, num_blocks(config), present)
+    entries = correspondences(family.rules, shapes, config, present)
     return entries + copied_entries(family, config, shapes)
 
 

@@ -165,7 +165,7 @@ def all_experts(name: str, config: ModelConfig, layer: int) -> list[str]:
     expert = EXPERT.fullmatch(name)
     if expert is None:
         return [name]
-    count = (*config.layers, *config.mtp)[layer].feed_forward.num_experts
+    count = (*config.layers, *config.mtp.blocks)[layer].feed_forward.num_experts
     assert int(expert[2]) in (0, count - 1), "the first or the last one"
     return [f"{expert[1]}{e}{expert[3]}" for e in range(count)]
 
@@ -174,7 +174,7 @@ def kinds_of_layers(config: ModelConfig) -> list[str]:
     kinds = [
         "dense" if isinstance(x.feed_forward, DenseConfig) else "sparse" for x in config.layers
     ]
-    return kinds + ["mtp"] * len(config.mtp)
+    return kinds + ["mtp"] * len(config.mtp.blocks)
 
 
 @every_family

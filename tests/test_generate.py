@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import gqa, mla, model_config, transformer, windows_and_sinks
+from tiny import agreeable, gqa, mla, model_config, transformer, windows_and_sinks
 
-from modeling import ModelConfig, Transformer, drafting, generate, generate_batch
+from modeling import Transformer, generate, generate_batch
 
 prompt_lists = st.lists(st.integers(0, 22), min_size=1, max_size=9)
 CONFIGS = {
@@ -50,13 +50,13 @@ def test_greedy_is_the_argmax_of_whole_forwards(kind, prompt):
 )
 def test_drafts_and_neighbours_change_no_token(which, prompts, draft_tokens, sampling):
     model = MODELS[which]
-    plain = [list(generate(model, prompt, 12, **sampling)) for prompt in prompts]
     alone = [
         list(generate(model, prompt, 12, draft_tokens=draft_tokens, **sampling))
         for prompt in prompts
     ]
-    assert alone == plain
-    assert generate_batch(model, prompts, 12, draft_tokens=draft_tokens, **sampling) == plain
+    assert generate_batch(model, prompts, 12, draft_tokens=draft_tokens, **sampling) == alone
+    if not sampling:
+        assert alone == [list(generate(model, prompt, 12)) for prompt in prompts]
 
 
 @pytest.mark.parametrize(
@@ -110,74 +110,7 @@ def test_stop_ids_and_limits_cut_where_plain_decoding_would(kind, draft_tokens):
     assert longest[:20] == plain
 
 
-def agreeable(config: ModelConfig) -> Transformer:
-    """A model whose drafts are often right: its layers add little to the embedding."""
-    model = transformer(config, seed=4)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if name.endswith(("attention.o.weight", "down", "down.weight")):
-                tensor.mul_(0.05)
-        for module in model.mtp.values():
-            module.projection.weight.zero_()
-            module.projection.weight[:, : model.config.d_model] += torch.eye(model.config.d_model)
-            module.norm.weight.copy_(model.norm.weight)
-    return model
-
-
-@pytest.mark.parametrize("kind", ["mla", "windows and sinks", "multipliers"])
-@pytest.mark.parametrize("num_modules", [1, 2, 3])
-def test_drafts_are_what_the_modules_predict_from_the_whole_text(kind, num_modules, monkeypatch):
-    """The caches of the modules hold, after any number of rejections, what they should."""
-    model = agreeable(CONFIGS[kind](num_modules))
-    rounds = []
-    really_draft = drafting.Drafter.draft
-
-    def recorded(self, confirmed, tokens, count):
-        drafts = really_draft(self, confirmed, tokens, count)
-        rounds.append(([list(row) for row in tokens], drafts))
-        return drafts
-
-    monkeypatch.setattr(drafting.Drafter, "draft", recorded)
-    prompts = [[5], [3, 1, 4, 1, 5, 9, 2, 6], [2, 7]]
-    generate_batch(model, prompts, 16, draft_tokens=num_modules)
-    checked = 0
-    for texts, drafts in rounds:
-        for text, drafted in zip(texts, drafts, strict=True):
-            for depth, draft in enumerate(drafted, start=1):
-                known = torch.tensor([text + drafted[: depth - 1]])
-                if known.shape[1] > depth:
-                    assert draft == int(model.mtp_logits(known)[depth - 1][0, -1].argmax())
-                    checked += 1
-    assert checked > 20
-
-
-@pytest.mark.parametrize("kind", ["mla", "windows"])
-def test_drafts_beyond_the_modules_come_from_the_last_ones_own_state(kind, monkeypatch):
-    model = agreeable(CONFIGS[kind](1))
-    (module,) = model.mtp.values()
-    rounds = []
-    really_draft = drafting.Drafter.draft
-
-    def recorded(self, confirmed, tokens, count):
-        drafts = really_draft(self, confirmed, tokens, count)
-        rounds.append((list(tokens[0]), drafts[0]))
-        return drafts
-
-    monkeypatch.setattr(drafting.Drafter, "draft", recorded)
-    list(generate(model, [5, 2, 8], 14, draft_tokens=3))
-    for text, drafted in rounds:
-        states_BTD = model.hidden_states(torch.tensor([text]))[:, :-1]
-        followers = list(text[1:])
-        for draft in drafted:
-            tokens_BT = torch.tensor([followers])
-            positions = drafting.new_positions([0], tokens_BT)
-            own_BTD = module(states_BTD, model.embed(tokens_BT), positions, None)
-            assert draft == int(model.logits(own_BTD[:, -1]).argmax())
-            states_BTD = torch.cat([states_BTD, own_BTD[:, -1:]], dim=1)
-            followers.append(draft)
-
-
-@pytest.mark.parametrize("draft_tokens", [1, 3])
+@pytest.mark.parametrize("draft_tokens", [0, 1, 3])
 def test_statistics_count_drafts_and_rounds(draft_tokens, monkeypatch):
     model = agreeable(CONFIGS["mla"](1))
     forwards = []
@@ -192,13 +125,32 @@ def test_statistics_count_drafts_and_rounds(draft_tokens, monkeypatch):
     statistics = generation.statistics
     assert statistics.prompt_tokens == 3
     assert statistics.generated_tokens == len(tokens) == 20
-    assert sum(statistics.accepted) > 0
-    assert all(a <= d for a, d in zip(statistics.accepted, statistics.drafted, strict=True))
+    accepted, drafted = sum(statistics.accepted), sum(statistics.drafted)
+    assert (0 < accepted < drafted) == (draft_tokens > 0)
+    for counts in (statistics.accepted, statistics.drafted):
+        assert counts == sorted(counts, reverse=True)
+        assert len(counts) == draft_tokens
     # every round gains the drafts it accepts and one token more
-    assert len(forwards) + sum(statistics.accepted) == 20
+    assert statistics.forwards == len(forwards) == 20 - accepted
+    assert statistics.forwards_without_drafts == 20
+    assert statistics.forwards_saved == accepted
+    if draft_tokens:
+        assert statistics.mean_accepted_length == 1 + accepted / statistics.drafted[0]
     assert statistics.prompt_seconds > 0
-    assert statistics.generation_seconds > 0
+    seconds = statistics.drafting_seconds + statistics.verifying_seconds
+    assert (seconds > 0) == (draft_tokens > 0)
+    assert statistics.generation_seconds >= seconds
     assert statistics.cache_bytes_per_token == model.make_cache(1, 1).nbytes
+
+
+def test_the_stop_id_costs_plain_decoding_a_forward_too():
+    model = agreeable(CONFIGS["mla"](1))
+    plain = list(generate(model, [5, 2, 8], 20))
+    stop = plain[7]
+    generation = generate(model, [5, 2, 8], 20, stop_ids=[stop], draft_tokens=2)
+    shorter = list(generation)
+    assert shorter == plain[: plain.index(stop)]
+    assert generation.statistics.forwards_without_drafts == len(shorter) + 1
 
 
 def test_a_greedy_run_draws_no_random_numbers():
@@ -228,6 +180,8 @@ def test_nothing_to_do_gives_nothing():
         ({"max_new_tokens": -1}, "max_new_tokens = -1"),
         ({"max_new_tokens": 63}, "exceed the model's 64 positions"),
         ({"draft_tokens": -1}, "draft_tokens = -1"),
+        ({"draft_tokens": "many"}, "draft_tokens = many"),
+        ({"draft_tokens": 1.5}, "draft_tokens = 1.5"),
         ({"temperature": -0.5}, "temperature = -0.5"),
         ({"top_p": 0.0}, "top_p = 0.0"),
     ],
@@ -242,3 +196,5 @@ def test_drafts_need_modules():
     model = transformer(model_config(mla()))
     with pytest.raises(ValueError, match="MTP modules"):
         generate(model, [1], 3, draft_tokens=1)
+    with pytest.raises(ValueError, match="MTP modules"):
+        generate(model, [1], 3, draft_tokens="auto")

@@ -80,7 +80,8 @@ def test_depths_add_up_by_their_weights(weights, masked):
         weight * plain_loss(states_BTD, head_VD, tokens_BT, 1 + k, mask_BT)
         for k, (weight, states_BTD) in enumerate(zip(weights, depths, strict=True), start=1)
     )
-    actual = mtp_loss(depths, head_VD, tokens_BT, weights, mask_BT).item()
+    heads = [head_VD] * len(weights)
+    actual = mtp_loss(depths, heads, tokens_BT, weights, mask_BT).item()
     assert actual == pytest.approx(expected, rel=1e-9)
 
 
@@ -88,4 +89,4 @@ def test_depths_add_up_by_their_weights(weights, masked):
 def test_another_number_of_weights_than_depths_is_refused(weights):
     depths = [noise(1, 7, D), noise(1, 6, D)]
     with pytest.raises(ValueError, match=f"{len(weights)} depth weights for 2 MTP depths"):
-        mtp_loss(depths, noise(V, D), random_tokens(1, 8, V), weights)
+        mtp_loss(depths, [noise(V, D)] * 2, random_tokens(1, 8, V), weights)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints import CheckpointError, load_model
 from checkpoints.config_file import Fields
-from checkpoints.contents import copied_entries, num_blocks, own_state
+from checkpoints.contents import copied_entries, own_state
 from checkpoints.families import FAMILIES
 from checkpoints.mapping import Family, Rule, correspondences
 from modeling import ModelConfig, Transformer
@@ -58,7 +58,7 @@ def models(draw):
 
 def entries_of(model, present=None):
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state.items()}
-    return correspondences(model.family.rules, shapes, num_blocks(model.config), present)
+    return correspondences(model.family.rules, shapes, model.config, present)
 
 
 def blank(state):
@@ -164,7 +164,7 @@ def test_a_tensor_that_no_rule_knows_is_an_error_with_its_name(model, data):
     rules = [rule for rule in model.family.rules if not knows(rule, stem)]
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state.items()}
     with pytest.raises(ValueError, match=r"no rule says how the family publishes") as caught:
-        correspondences(rules, shapes, num_blocks(model.config))
+        correspondences(rules, shapes, model.config)
     assert name in str(caught.value)
 
 
@@ -179,7 +179,7 @@ def test_copies_repeat_a_tensor_under_a_name_of_their_own(model):
     copies = copied_entries(model.family, model.config, shapes)
     own = {entry.published for entry in entries_of(model)}
     assert own.isdisjoint(copy.published for copy in copies)
-    assert len(copies) == 2 * len(model.config.mtp)
+    assert len(copies) == 2 * len(model.config.mtp.blocks)
     for copy in copies:
         ours = "embed" if "embed" in copy.published or model.config.tied_embeddings else "head"
         assert copy.ours == (f"{ours}.weight",)

@@ -21,7 +21,7 @@ from tiny import (
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from modeling import DenseConfig, LayerConfig, Transformer, mtp_loss, next_token_loss
+from modeling import DenseConfig, LayerConfig, MTPConfig, Transformer, mtp_loss, next_token_loss
 from modeling.rope import Positions
 
 STRETCHED = rope(yarn=YARN, amplitude=1.3, softmax_multiplier=1.4)
@@ -45,8 +45,10 @@ def close(actual, expected, tolerance=1e-10):
 def test_logits_are_the_equations_of_the_papers(model):
     tokens_BT = random_tokens(2, LENGTH)
     expected = torch.stack([plain_states(model, tokens_T) for tokens_T in tokens_BT])
-    close(model.hidden_states(tokens_BT), expected, 1e-4)
-    close(model(tokens_BT), model.hidden_states(tokens_BT) @ model.head.weight.T)
+    states = model.hidden_states(tokens_BT)
+    close(states.normed_BTD, expected, 1e-4)
+    close(model(tokens_BT), states.normed_BTD @ model.head.weight.T)
+    close(model.norm(states.raw_BTD) * model.config.logits_multiplier, states.normed_BTD)
 
 
 @every_model
@@ -99,12 +101,12 @@ def test_rows_that_grow_by_unequal_counts_equal_single_runs(model, batch, rounds
     states = [[] for _ in range(batch)]
     for number, counts in enumerate(rounds):
         tokens_BT = pad_sequence([row[number] for row in parts], batch_first=True, padding_value=7)
-        new = model.hidden_states(tokens_BT, cache, counts)
+        new = model.hidden_states(tokens_BT, cache, counts).normed_BTD
         for row, count in enumerate(counts):
             states[row].append(new[row, :count])
     assert cache.lengths == ends
     for text, row in zip(texts, states, strict=True):
-        close(torch.cat(row), model.hidden_states(text[None])[0])
+        close(torch.cat(row), model.hidden_states(text[None]).normed_BTD[0])
 
 
 @pytest.mark.parametrize("window", [1, 2, 5])
@@ -198,8 +200,10 @@ def test_a_block_norms_before_and_behind_and_multiplies_what_it_adds(before, aft
 def test_multipliers_can_be_multiplied_into_the_weights_they_act_on(attention):
     plain = model_config(attention, mtp=2, norm_epsilon=1e-20)
     scaled = replace(plain, embedding_multiplier=3.0, logits_multiplier=0.4)
-    layers = [replace(layer, residual_multiplier=0.7) for layer in (*plain.layers, *plain.mtp)]
-    scaled = replace(scaled, layers=tuple(layers[:3]), mtp=tuple(layers[3:]))
+    layers = [
+        replace(layer, residual_multiplier=0.7) for layer in (*plain.layers, *plain.mtp.blocks)
+    ]
+    scaled = replace(scaled, layers=tuple(layers[:3]), mtp=MTPConfig(blocks=tuple(layers[3:])))
     by_config, by_hand, tokens_BT = transformer(scaled), transformer(plain), random_tokens(2, 6)
     by_hand.embed.weight *= 3.0
     by_hand.head.weight *= 0.4
@@ -216,15 +220,15 @@ def test_multipliers_can_be_multiplied_into_the_weights_they_act_on(attention):
 def test_the_losses_of_states_are_those_of_the_logits(multiplier):
     model = transformer(model_config(mla(), mtp=2, logits_multiplier=multiplier))
     tokens_BT, head_VD = random_tokens(2, 8), model.head.weight
-    x_BTD = model.hidden_states(tokens_BT)
-    depths = model.mtp_hidden_states(x_BTD, tokens_BT)
+    states = model.hidden_states(tokens_BT)
+    depths = model.mtp_hidden_states(states, tokens_BT)
     of_logits = [
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BT[:, 1 + depth :].flatten())
         for depth, logits in enumerate([model(tokens_BT), *model.mtp_logits(tokens_BT)])
     ]
-    close(next_token_loss(x_BTD, head_VD, tokens_BT), of_logits[0])
+    close(next_token_loss(states.normed_BTD, head_VD, tokens_BT), of_logits[0])
     expected = 0.3 * of_logits[1] + 0.1 * of_logits[2]
-    close(mtp_loss(depths, head_VD, tokens_BT, [0.3, 0.1]), expected)
+    close(mtp_loss(depths, model.mtp_heads, tokens_BT, [0.3, 0.1]), expected)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -316,10 +320,10 @@ def test_initialize_narrows_what_writes_to_the_residual_stream():
 def test_every_parameter_receives_a_gradient_from_the_losses(config):
     model = transformer(config).requires_grad_(True)
     tokens_BT = random_tokens(4, 12)
-    x_BTD = model.hidden_states(tokens_BT)
-    depths = model.mtp_hidden_states(x_BTD, tokens_BT)
-    loss = next_token_loss(x_BTD, model.head.weight, tokens_BT)
-    (loss + mtp_loss(depths, model.head.weight, tokens_BT, [0.3, 0.1])).backward()
+    states = model.hidden_states(tokens_BT)
+    depths = model.mtp_hidden_states(states, tokens_BT)
+    loss = next_token_loss(states.normed_BTD, model.head.weight, tokens_BT)
+    (loss + mtp_loss(depths, model.mtp_heads, tokens_BT, [0.3, 0.1])).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
 

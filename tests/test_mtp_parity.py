@@ -16,7 +16,7 @@ from modeling import generate, generate_batch
 FAMILIES = {
     family.MODEL_TYPES[0]: family
     for family in family_tests()
-    if any(read(raw).mtp for raw in family.PUBLISHED.values())
+    if any(read(raw).mtp.blocks for raw in family.PUBLISHED.values())
 }
 V3 = "deepseek_v3"
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -113,4 +113,4 @@ def test_modules_can_be_left_out(tmp_path, family):
     model = load_model(tmp_path / "peer", mtp=False, progress=False)
     assert len(model.mtp) == 0
     save_model(model, tmp_path / "ours")
-    assert load_model(tmp_path / "ours", progress=False).config.mtp == ()
+    assert load_model(tmp_path / "ours", progress=False).config.mtp.blocks == ()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling.sampling import Sampling, random_stream
+from modeling.sampling import RandomStream, Sampling
 
 logit_lists = st.lists(st.floats(-8, 8), min_size=1, max_size=12)
 
@@ -54,21 +54,23 @@ def test_filters_only_remove_and_never_the_likeliest(logits, top_k, top_p, min_p
 
 def test_draws_follow_the_distribution():
     logits_V = torch.tensor([0.6, 0.3, 0.1]).log()
-    random = random_stream(0)
+    random = RandomStream(0)
     draws = [Sampling(temperature=1.0).choose(logits_V, random) for _ in range(3000)]
     shares = [draws.count(token) / 3000 for token in range(3)]
     assert shares == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
 
 
 def test_greedy_takes_the_likeliest_and_draws_nothing():
-    random = random_stream(3)
-    before = random.get_state()
+    random = RandomStream(3)
+    before = random.generator.get_state()
     assert Sampling().choose(torch.tensor([0.1, 3.0, 2.0]), random) == 1
-    assert random.get_state().equal(before)
+    assert random.generator.get_state().equal(before)
 
 
 def test_streams_repeat_with_a_seed_and_differ_without_one():
-    draws = [torch.rand(4, generator=random_stream(seed)).tolist() for seed in (5, 5, 6, None)]
+    draws = [
+        torch.rand(4, generator=RandomStream(seed).generator).tolist() for seed in (5, 5, 6, None)
+    ]
     assert draws[0] == draws[1]
     assert draws[0] != draws[2]
     assert draws[0] != draws[3]
@@ -96,4 +98,4 @@ def test_settings_that_no_distribution_has_are_refused_by_name(settings):
 
 def test_logits_that_are_no_numbers_are_an_error():
     with pytest.raises(ValueError, match="NaN"):
-        Sampling().choose(torch.tensor([0.0, float("nan")]), random_stream(0))
+        Sampling().choose(torch.tensor([0.0, float("nan")]), RandomStream(0))

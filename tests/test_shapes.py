@@ -85,7 +85,7 @@ def run_everything(model) -> None:
     """A forward, a cached prefill and decode with unequal rows, all depths, all losses."""
     tokens_BT = random_tokens(2, 7)
     with record_routing(model) as routings:
-        x_BTD = model.hidden_states(tokens_BT)
+        states = model.hidden_states(tokens_BT)
         assert len(routings) > 0
     cache = model.make_cache(2, 13, rollback=4)
     model(tokens_BT, cache=cache)
@@ -94,11 +94,11 @@ def run_everything(model) -> None:
     model.hidden_states(tokens_BT[:, :3], cache, counts=[1, 3])
     model(tokens_BT[:, :1], cache=cache)
     model.mtp_logits(tokens_BT)
-    depths, mask_BT = model.mtp_hidden_states(x_BTD, tokens_BT), tokens_BT > 3
+    depths, mask_BT = model.mtp_hidden_states(states, tokens_BT), tokens_BT > 3
     for mask in (None, mask_BT):
-        next_token_loss(x_BTD, model.head.weight, tokens_BT, mask_BT=mask)
+        next_token_loss(states.normed_BTD, model.head.weight, tokens_BT, mask_BT=mask)
         if depths:
-            mtp_loss(depths, model.head.weight, tokens_BT, [0.1] * len(depths), mask)
+            mtp_loss(depths, model.mtp_heads, tokens_BT, [0.1] * len(depths), mask, tokens_BT // 9)
     for routing in routings.values():
         expert_balance_loss(routing)
         sequence_balance_loss(routing, num_sequences=2)

@@ -16,6 +16,7 @@ from modeling import (
     LayerConfig,
     MLAConfig,
     ModelConfig,
+    MTPConfig,
     QKNormConfig,
     RopeConfig,
     Transformer,
@@ -55,11 +56,16 @@ def softmax_experts(**changes) -> MoEConfig:
     return MoEConfig(**experts | changes)
 
 
+def modules(layers: tuple[LayerConfig, ...], count: int, **wiring) -> MTPConfig:
+    """So many prediction modules with blocks like these layers in turn."""
+    return MTPConfig(blocks=(layers * 3)[:count], **wiring)
+
+
 def model_config(attention: GQAConfig | MLAConfig, mtp: int = 0, **changes) -> ModelConfig:
     """A dense layer, two sparse ones and `mtp` prediction modules, all with this attention."""
     kinds = DenseConfig(width=10), grouped_experts(), softmax_experts()
     layers = tuple(LayerConfig(attention=attention, feed_forward=kind) for kind in kinds)
-    return sized(**{"layers": layers, "mtp": (layers[1:] * 2)[:mtp]} | changes)
+    return sized(**{"layers": layers, "mtp": modules(layers[1:], mtp)} | changes)
 
 
 def sized(**fields) -> ModelConfig:
@@ -74,7 +80,7 @@ def windows_and_sinks(mtp: int = 0) -> ModelConfig:
         normalize=True, router_bias=True, expert_biases=True, clamp=Clamp(limit=1.2, alpha=1.7)
     )
     layers = tuple(LayerConfig(attention=a, feed_forward=clamped) for a in (local, far, local))
-    return sized(layers=layers, mtp=layers[:mtp])
+    return sized(layers=layers, mtp=modules(layers, mtp))
 
 
 def norms_behind(mtp: int = 0) -> ModelConfig:
@@ -84,7 +90,7 @@ def norms_behind(mtp: int = 0) -> ModelConfig:
     layers = tuple(
         replace(layer, norm_before=i == 1, norm_after=True) for i, layer in enumerate(plain)
     )
-    return sized(layers=layers, mtp=(layers[1:] * 2)[:mtp])
+    return sized(layers=layers, mtp=modules(layers[1:], mtp))
 
 
 def norms_of_heads_and_multipliers(mtp: int = 0) -> ModelConfig:
@@ -95,7 +101,7 @@ def norms_of_heads_and_multipliers(mtp: int = 0) -> ModelConfig:
     )
     layer = LayerConfig(attention=attention, feed_forward=experts, residual_multiplier=0.7)
     multipliers = {"embedding_multiplier": 3.0, "logits_multiplier": 0.4, "tied_embeddings": True}
-    return sized(layers=(layer,) * 2, mtp=(layer,) * mtp, **multipliers)
+    return sized(layers=(layer,) * 2, mtp=modules((layer,), mtp), **multipliers)
 
 
 VARIED = {
@@ -109,6 +115,26 @@ def transformer(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: i
     """A randomised `Transformer` that tracks no gradients."""
     model = Transformer(config).to(dtype).requires_grad_(False)
     randomize(model, seed)
+    return model
+
+
+@torch.no_grad()
+def agreeable(config: ModelConfig) -> Transformer:
+    """A model whose drafts are often right: its layers add little to the embedding."""
+    model = transformer(config, seed=4)
+    for name, tensor in model.named_parameters():
+        if name.endswith(("attention.o.weight", "down", "down.weight")):
+            tensor.mul_(0.05)
+    seen = slice(config.d_model, None) if config.mtp.first == "state" else slice(config.d_model)
+    for module in model.mtp_modules:
+        module.projection.weight.zero_()
+        module.projection.weight[:, seen] += torch.eye(config.d_model)
+        if config.mtp.final_norm == "own":
+            module.norm.weight.copy_(model.norm.weight)
+        if module.embed is not None:
+            module.embed.weight.copy_(model.embed.weight)
+        if module.head is not None:
+            module.head.weight.copy_(model.head.weight)
     return model
 
 
@@ -325,9 +351,15 @@ def plain_embedded(model: Transformer, tokens_T: Tensor) -> Tensor:
     return model.config.embedding_multiplier * model.embed.weight[tokens_T]
 
 
-def plain_states(model: Transformer, tokens_T: Tensor) -> Tensor:
-    """What the head reads, (T, D), for one sequence."""
+def plain_raw_states(model: Transformer, tokens_T: Tensor) -> Tensor:
+    """What the last block leaves, (T, D), for one sequence."""
     config, x_TD = model.config, plain_embedded(model, tokens_T)
     for block, layer in zip(model.layers, config.layers, strict=True):
         x_TD = plain_block(block, layer, config.norm_epsilon, x_TD)
+    return x_TD
+
+
+def plain_states(model: Transformer, tokens_T: Tensor) -> Tensor:
+    """What the head reads, (T, D), for one sequence."""
+    config, x_TD = model.config, plain_raw_states(model, tokens_T)
     return config.logits_multiplier * plain_norm(x_TD, model.norm.weight, config.norm_epsilon)

@@ -138,7 +138,7 @@ def layer_runs(config: ModelConfig) -> dict[str, str]:
     """What the layers are, equal neighbours together; MTP modules after the main ones."""
     runs = {}
     start = 0
-    for kind, layers in (("layer", config.layers), ("mtp", config.mtp)):
+    for kind, layers in (("layer", config.layers), ("mtp", config.mtp.blocks)):
         for layer, group in groupby(layers):
             end = start + len(list(group)) - 1
             where = f"{kind} {start}" if start == end else f"{kind}s {start} to {end}"

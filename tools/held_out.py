@@ -45,11 +45,10 @@ def bits_per_byte(model: Transformer, tokens_N: Tensor, num_bytes: int) -> float
     nats, length = 0.0, model.config.max_length
     for start in range(0, len(tokens_N) - 1, length - 1):
         tokens_BT = tokens_N[None, start : start + length]
-        states_BTD = model.hidden_states(tokens_BT)
-        nats += next_token_loss(states_BTD, model.head.weight, tokens_BT).item() * (
-            tokens_BT.shape[1] - 1
-        )
-        model.mtp_hidden_states(states_BTD, tokens_BT)
+        states = model.hidden_states(tokens_BT)
+        mean_nats = next_token_loss(states.normed_BTD, model.head.weight, tokens_BT).item()
+        nats += mean_nats * (tokens_BT.shape[1] - 1)
+        model.mtp_hidden_states(states, tokens_BT)
     return nats / math.log(2) / num_bytes
 
 

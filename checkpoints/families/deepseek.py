@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from modeling import DenseConfig, LayerConfig, MLAConfig, ModelConfig, RopeConfig
+from modeling import DenseConfig, LayerConfig, MLAConfig, ModelConfig, MTPConfig, RopeConfig
 from moe import MoEConfig
 
 from ..config_file import Fields
@@ -83,19 +83,26 @@ def leading_dense(
     count = llama.num_layers(fields)
     num_dense = fields.integer("first_k_dense_replace", at_least=0, at_most=count)
     kinds = ["dense"] * num_dense + ["sparse"] * (count - num_dense)
-    return dense_and_sparse(fields, attention, moe, kinds, num_mtp(fields) if mtp else 0, **more)
+    return dense_and_sparse(fields, attention, moe, kinds, mtp, **more)
 
 
 def dense_and_sparse(
-    fields: Fields, attention: Any, moe: MoEConfig, kinds: Iterable[str], mtp: int = 0, **more: Any
+    fields: Fields,
+    attention: Any,
+    moe: MoEConfig,
+    kinds: Iterable[str],
+    mtp: bool = False,
+    **more: Any,
 ) -> ModelConfig:
-    """Layers of the two kinds that are otherwise alike, and so many MTP modules."""
+    """Layers of the two kinds that are otherwise alike. mtp: read MTP modules, sparse ones."""
     sparse = LayerConfig(attention=attention, feed_forward=moe)
     layers = [
         sparse if kind == "sparse" else replace(sparse, feed_forward=dense(fields))
         for kind in kinds
     ]
-    return llama.model_config(fields, layers, mtp=(sparse,) * mtp, **more)
+    if mtp:
+        more["mtp"] = mtp_modules(fields, sparse)
+    return llama.model_config(fields, layers, **more)
 
 
 def layer_kinds(fields: Fields) -> list[str]:
@@ -110,9 +117,25 @@ def dense(fields: Fields) -> DenseConfig:
     return DenseConfig(width=fields.integer("intermediate_size"))
 
 
-def num_mtp(fields: Fields) -> int:
+def mtp_modules(fields: Fields, block: LayerConfig, final_norm: str = "own") -> MTPConfig:
+    """As many modules as are announced.
+
+    No release says how they are wired, and `MTPConfig` says where its defaults come from. A file
+    may say otherwise: mtp_hidden_states_first is read by transformers too, whatever the family; the
+    other keys are this project's, to write down what `probe-mtp` has found.
+    """
     keys = "num_nextn_predict_layers", "num_mtp_layers"
-    return fields.integer(*keys, default=0, at_least=0, at_most=1000)
+    count = fields.integer(*keys, default=0, at_least=0, at_most=1000)
+    state_first = fields.flag("mtp_hidden_states_first", default=False)
+    return MTPConfig(
+        blocks=(block,) * count,
+        input=fields.choice("mtp_input", known=["normed", "raw"], default="normed"),
+        carry=fields.choice("mtp_carry", known=["normed", "raw", "main"], default="normed"),
+        first="state" if state_first else "embedding",
+        final_norm=final_norm,
+        own_embedding=fields.flag("mtp_own_embedding", default=False),
+        own_head=fields.flag("mtp_own_head", default=False),
+    )
 
 
 LATENT_ATTENTION = llama.rules(
@@ -144,11 +167,14 @@ MTP = llama.rules(
         "state_norm.weight": "hnorm.weight",
         "projection.weight": "eh_proj.weight",
         "norm.weight": "shared_head.norm.weight",
+        # of their own, where they do not just repeat the main model's
+        "embed.weight": "embed_tokens.weight",
+        "head.weight": "shared_head.head.weight",
     }
 )
 MTP_COPIES = (
-    Rule("embed.weight", "model.layers.{mtp}.embed_tokens.weight"),
-    Rule("head.weight", "model.layers.{mtp}.shared_head.head.weight"),
+    Rule("embed.weight", "model.layers.{layer}.embed_tokens.weight"),
+    Rule("head.weight", "model.layers.{layer}.shared_head.head.weight"),
 )
 
 

@@ -1,16 +1,20 @@
 """ERNIE-4.5-MoE: interleaved rope, softmax routing with a selection bias, tied embeddings.
 
-Files of the smaller model hold an MTP module of another kind (a dense block, no norm before the
-head), which is not loaded.
+The smaller model has an MTP module with a dense block, under names that count modules from 0. Its
+makers' training code puts the main model's final norm behind it, and so does this; vLLM puts none.
+The same code hands the module the main model's raw state and their serving code the normed one,
+which is the default here as elsewhere.
 """
 
-from modeling import ModelConfig
+from dataclasses import replace
+
+from modeling import LayerConfig, ModelConfig
 from moe import MoEConfig
 
 from ..config_file import Fields
 from ..mapping import Family, Rule
 from . import llama
-from .deepseek import dense_and_sparse
+from .deepseek import dense, dense_and_sparse, mtp_modules
 
 
 def read_config(fields: Fields) -> ModelConfig:
@@ -32,7 +36,9 @@ def read_config(fields: Fields) -> ModelConfig:
         shared_width=num_shared * expert_width,
     )
     tied = fields.flag("tie_word_embeddings", default=True)
-    return dense_and_sparse(fields, attention, moe, layer_kinds(fields), tied_embeddings=tied)
+    config = dense_and_sparse(fields, attention, moe, layer_kinds(fields), tied_embeddings=tied)
+    block = LayerConfig(attention=attention, feed_forward=dense(fields))
+    return replace(config, mtp=mtp_modules(fields, block, final_norm="main"))
 
 
 def layer_kinds(fields: Fields) -> list[str]:
@@ -54,7 +60,18 @@ SPARSE = (
     *llama.experts(),
     *llama.gated("feed_forward.shared.", "mlp.shared_experts."),
 )
-MTP = tuple(f"model.mtp_{part}.*" for part in ("block", "emb_norm", "hidden_norm", "linear_proj"))
-RULES = llama.decoder((*llama.NORMS, *llama.ATTENTION, *llama.DENSE, *SPARSE))
+BLOCK = (*llama.NORMS, *llama.ATTENTION, *llama.DENSE)
+MTP = llama.rules(
+    {
+        "mtp.{layer}.embedding_norm.weight": "model.mtp_emb_norm.{mtp}.weight",
+        "mtp.{layer}.state_norm.weight": "model.mtp_hidden_norm.{mtp}.weight",
+        "mtp.{layer}.projection.weight": "model.mtp_linear_proj.{mtp}.weight",
+    }
+)
+RULES = (
+    *llama.decoder((*BLOCK, *SPARSE)),
+    *MTP,
+    *(rule.under("mtp.{layer}.block.", "model.mtp_block.{mtp}.") for rule in BLOCK),
+)
 
-FAMILY = Family(read_config, RULES, ignored=MTP)
+FAMILY = Family(read_config, RULES)

@@ -10,7 +10,6 @@ from .deepseek import (
     dense_and_sparse,
     latent_attention,
     layer_kinds,
-    num_mtp,
     rope_layout,
     v3_experts,
     with_mtp,
@@ -19,9 +18,7 @@ from .deepseek import (
 
 def read_config(fields: Fields) -> ModelConfig:
     attention = latent_attention(fields, rope_layout(fields))
-    return dense_and_sparse(
-        fields, attention, v3_experts(fields), layer_kinds(fields), num_mtp(fields)
-    )
+    return dense_and_sparse(fields, attention, v3_experts(fields), layer_kinds(fields), mtp=True)
 
 
 FAMILY = Family(read_config, with_mtp(BLOCK), MTP_COPIES)

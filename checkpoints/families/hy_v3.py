@@ -9,7 +9,7 @@ from moe import MoEConfig
 from ..config_file import Fields
 from ..mapping import Family, Rule
 from . import llama
-from .deepseek import dense_and_sparse, layer_kinds, num_mtp, with_mtp
+from .deepseek import dense_and_sparse, layer_kinds, with_mtp
 
 AS_RELEASED = {  # all but the first are switches of other engines, which transformers does not read
     "mlp_bias": False,
@@ -43,7 +43,7 @@ def read_config(fields: Fields) -> ModelConfig:
         scale=fields.number("router_scaling_factor"),
         shared_width=expert_width * fields.integer("num_shared_experts"),
     )
-    return dense_and_sparse(fields, attention, moe, layer_kinds(fields), num_mtp(fields))
+    return dense_and_sparse(fields, attention, moe, layer_kinds(fields), mtp=True)
 
 
 SPARSE = (

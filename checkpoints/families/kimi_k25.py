@@ -32,8 +32,8 @@ def read_config(fields: Fields) -> ModelConfig:
     # says what is so, and its files hold a head
     fields.has("tie_word_embeddings", "vision_config")
     config = read_text_config(text)
-    if config.mtp:
-        raise ConfigError(f"text_config announces {len(config.mtp)} MTP modules: none are known")
+    if count := len(config.mtp.blocks):
+        raise ConfigError(f"text_config announces {count} MTP modules: none are known")
     return replace(config, published=dict(fields.raw))
 
 

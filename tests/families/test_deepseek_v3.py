@@ -512,7 +512,7 @@ def test_trap_49_dense_layers_come_first_and_mtp_modules_are_counted_apart(
     config = read(published)
     kinds = [type(layer.feed_forward) for layer in config.layers]
     assert kinds == [DenseConfig] * first_sparse + [MoEConfig] * (num_layers - first_sparse)
-    assert [type(block.feed_forward) for block in config.mtp] == [MoEConfig] * num_mtp
+    assert [type(block.feed_forward) for block in config.mtp.blocks] == [MoEConfig] * num_mtp
     with torch.device("meta"):
         model = Transformer(replace(config, layers=config.layers[:5]))
     assert list(model.mtp) == [str(5 + j) for j in range(num_mtp)]

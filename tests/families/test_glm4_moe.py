@@ -210,7 +210,7 @@ def test_the_large_ones_normalise_queries_and_keys_and_air_does_not():
 def test_dense_layers_come_first_and_then_sparse_ones():
     dense = [isinstance(layer.feed_forward, DenseConfig) for layer in read(GLM).layers]
     assert dense == [True] * 3 + [False] * 89
-    assert [block.feed_forward for block in read(GLM).mtp] == [experts_of(GLM)]
+    assert [block.feed_forward for block in read(GLM).mtp.blocks] == [experts_of(GLM)]
 
 
 @pytest.mark.parametrize(
