@@ -16,6 +16,7 @@ from .generate import Generation, GenerationStatistics, generate, generate_batch
 from .loss import next_token_loss
 from .model import Transformer
 from .mtp import mtp_loss
+from .teacher_forcing import forced_states
 
 __all__ = [
     "Cache",
@@ -33,6 +34,7 @@ __all__ = [
     "Transformer",
     "WindowCache",
     "YarnConfig",
+    "forced_states",
     "generate",
     "generate_batch",
     "mtp_loss",

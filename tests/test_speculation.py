@@ -7,11 +7,13 @@ every branch in turn, so that the probability of every text is found exactly.
 
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import agreeable, gqa, mla, model_config, transformer, windows_and_sinks
 
+from checkpoints import load_model, load_tokenizer
 from modeling import DenseConfig, LayerConfig, generate, generate_batch
 from modeling import draft_count as draft_counts
 from modeling import drafting as drafting_file
@@ -29,7 +31,13 @@ KINDS = {
         gqa(), mtp, embedding_multiplier=0.1, logits_multiplier=0.3, norm_epsilon=0.5
     ),
 }
-MODELS = {(kind, mtp): agreeable(KINDS[kind](mtp)) for kind in KINDS for mtp in (1, 2, 3)}
+# how much the layers add: little enough for drafts to be kept, too much for all of them to be
+STRENGTHS = {"mla": 0.12, "gqa": 0.05, "windows and sinks": 0.05, "multipliers": 0.05}
+MODELS = {
+    (kind, mtp): agreeable(KINDS[kind](mtp), strength)
+    for kind, strength in STRENGTHS.items()
+    for mtp in (1, 2, 3)
+}
 WIRINGS = [
     {"input": "raw", "carry": "main"},
     {"carry": "raw", "final_norm": "none"},
@@ -45,7 +53,7 @@ def prompts_of(count: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(23, (n,), generator=generator).tolist() for n in lengths]
 
 
-PROMPTS = prompts_of(16)
+PROMPTS = prompts_of(12)
 
 
 @pytest.fixture
@@ -77,9 +85,9 @@ def test_greedy_text_is_that_of_plain_decoding(kind, num_modules, draft_tokens):
         assert list(generation) == expected
         kept += sum(generation.statistics.accepted)
         made += sum(generation.statistics.drafted)
-    assert kept > 30
+    assert kept > 15
     assert made - kept > 5
-    for rows in (PROMPTS[:5], PROMPTS[5:]):
+    for rows in (PROMPTS[:4], PROMPTS[4:]):
         expected = [plain[PROMPTS.index(prompt)] for prompt in rows]
         assert generate_batch(model, rows, 20, draft_tokens=draft_tokens) == expected
 
@@ -105,10 +113,10 @@ def test_a_stop_id_among_kept_drafts_ends_the_text_there(num_modules, draft_toke
             expected = plain[: plain.index(stop)]
             found = generate(model, prompt, 20, stop_ids=[stop], draft_tokens=draft_tokens)
             assert list(found) == expected
-            before, drafted = rounds[-1][0][0], rounds[-1][1][0]
-            ahead = (prompt + expected)[len(before) :]
-            inside += drafted[: len(ahead) + 1] == [*ahead, stop]
-    assert inside >= 10
+            for (before,), (drafted,) in rounds[-1:]:  # none where the first token is the stop id
+                ahead = (prompt + expected)[len(before) :]
+                inside += drafted[: len(ahead) + 1] == [*ahead, stop]
+    assert inside >= 3
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 3, 8])
@@ -337,3 +345,58 @@ def test_texts_drawn_with_fixed_seeds_pass_a_chi_square_test():
     p_value = torch.special.gammaincc(freedom, torch.tensor(statistic / 2)).item()
     print(f"chi-square {statistic:.1f} over {len(cells)} cells, p = {p_value:.2f}")
     assert p_value > 0.01
+
+
+SHIPPED = Path(__file__).parent.parent / "checkpoints" / "pretrained"
+BEGINNINGS = (
+    "Once upon a time there was",
+    'The old witch said to the boy, "',
+    "There was once a king who had three daughters. The eldest",
+    '"Come with me," said the fox,',
+    "In the forest stood a little house, and",
+    "The princess wept and",
+    "He went on and on until",
+    "When the giant heard this",
+)
+
+
+@pytest.fixture(scope="module")
+def tales():
+    tokenizer = load_tokenizer(SHIPPED)
+    return [tokenizer.encode(text) for text in BEGINNINGS]
+
+
+def test_the_shipped_model_tells_the_same_tales_with_drafts(tales):
+    model = load_model(SHIPPED, dtype=torch.float64, progress=False)
+    plain = generate_batch(model, tales, 40)
+    (full_stop,) = load_tokenizer(SHIPPED).encode(".")
+    until_stop = [row[: row.index(full_stop)] if full_stop in row else row for row in plain]
+    assert until_stop != plain
+    for draft_tokens in (1, 3, 8):
+        found = [generate(model, tale, 40, draft_tokens=draft_tokens) for tale in tales[:4]]
+        assert [list(generation) for generation in found] == plain[:4]
+        assert all(generation.statistics.forwards_saved > 8 for generation in found)
+        settings = {"draft_tokens": draft_tokens, "stop_ids": [full_stop]}
+        assert generate_batch(model, tales, 40, **settings) == until_stop
+
+
+@torch.no_grad()
+def test_in_bfloat16_texts_part_at_near_ties_only(tales):
+    """Where plain and speculative text first differ, the two tokens are the likeliest ones, and
+    their logits no further apart than four steps of the format at the size of the larger."""
+    model = load_model(SHIPPED, dtype=torch.bfloat16, progress=False)
+    parted, widest = 0, 0.0
+    for tale in tales:
+        plain = list(generate(model, tale, 70))
+        for draft_tokens in (1, 3):
+            drafted = list(generate(model, tale, 70, draft_tokens=draft_tokens))
+            differing = [i for i, (a, b) in enumerate(zip(plain, drafted, strict=True)) if a != b]
+            for i in differing[:1]:
+                logits_V = model(torch.tensor([tale + plain[:i]]))[0, -1]
+                best = logits_V.topk(2)
+                assert {plain[i], drafted[i]} == set(best.indices.tolist())
+                steps = ((best.values[0] - best.values[1]) / best.values[0]).item() * 2**7
+                parted, widest = parted + 1, max(widest, steps)
+    print(f"{parted} of {2 * len(tales)} texts part; widest gap {widest:.1f} steps of 2^-7")
+    assert parted > 0
+    assert widest <= 4

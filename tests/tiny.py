@@ -119,12 +119,12 @@ def transformer(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: i
 
 
 @torch.no_grad()
-def agreeable(config: ModelConfig) -> Transformer:
+def agreeable(config: ModelConfig, strength: float = 0.05) -> Transformer:
     """A model whose drafts are often right: its layers add little to the embedding."""
     model = transformer(config, seed=4)
     for name, tensor in model.named_parameters():
         if name.endswith(("attention.o.weight", "down", "down.weight")):
-            tensor.mul_(0.05)
+            tensor.mul_(strength)
     seen = slice(config.d_model, None) if config.mtp.first == "state" else slice(config.d_model)
     for module in model.mtp_modules:
         module.projection.weight.zero_()

@@ -1,0 +1,184 @@
+"""probe-mtp: which wiring a model's MTP modules were trained with, by how good their drafts are.
+
+At every position of a text the modules draft as if it ended there, and a draft counts as accepted
+if it is what the model itself finds likeliest at that place of the text. Whatever `config.json`
+says, all wirings of `MTPConfig.input` and `MTPConfig.carry` are tried on one pass of the model.
+
+Shapes: B rows of a batch (1 here), N tokens of the text, n positions of one piece of it, K draft
+positions, V vocabulary.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from dataclasses import dataclass, replace
+from itertools import accumulate, product
+from operator import mul
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoints import load_model, load_tokenizer
+from modeling import MTPConfig, Transformer, forced_states
+
+from .corpus import read_text
+from .generate import DTYPES, usable_device
+
+INPUTS, CARRIES = ("normed", "raw"), ("normed", "raw", "main")
+NEAR_ZERO = 0.1  # of first drafts; half of the least that is reported of any trained head
+NOTICEABLE = 3.0  # standard errors
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", type=Path, help="checkpoint directory with MTP modules")
+    add("text", type=Path, help="UTF-8 text, plain or .xz, of the kind the model is for")
+    add("--draft-tokens", type=int, default=4, help="draft positions to measure")
+    add("--max-tokens", type=int, default=4096, help="of the text, from its beginning")
+    add("--piece", type=int, default=512, help="tokens of text that are read at once")
+    add("--device", default="cpu", help="any device torch knows: cpu, cuda, cuda:1, mps ...")
+    add("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    add("--json", action="store_true", help="print one JSON object instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in ("draft_tokens", "max_tokens", "piece"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be >= 1")
+    text, tokenizer = read_text(args.text), load_tokenizer(args.model)
+    tokens_N = torch.tensor(tokenizer.encode(text)[: args.max_tokens], dtype=torch.int64)
+    least = args.draft_tokens + 2
+    if len(tokens_N) < least:
+        raise ValueError(f"{args.text}: {len(tokens_N)} tokens of text, at least {least} needed")
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    model = load_model(args.model, usable_device(args.device), dtype)
+    if not model.mtp:
+        raise ValueError(f"{args.model}: has no MTP modules to probe")
+    piece = min(args.piece, model.config.max_length)
+    results = probe(model, tokens_N, args.draft_tokens, piece)
+    best = max(results, key=lambda result: result.tokens_per_forward)
+    warn(results, best, model.config.mtp)
+    report = {
+        "tokens": len(tokens_N),
+        "piece": piece,
+        "modules": len(model.mtp),
+        "wirings": [described(result, best, model.config.mtp) for result in results],
+    }
+    print(json.dumps(report) if args.json else table(report))
+    return 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one wiring's drafts were worth."""
+
+    wiring: MTPConfig
+    hits_KN: Tensor  # which drafts were accepted; none at the ends of pieces
+    counts_K: Tensor  # how many there were
+
+    @property
+    def acceptance(self) -> list[float]:
+        return (self.hits_KN.sum(dim=1) / self.counts_K).tolist()
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """If drafts of each position were accepted independently of those before."""
+        return sum(accumulate(self.acceptance, mul, initial=1.0))
+
+    def behind(self, best: "Result") -> float:
+        """How far the drafts accepted are behind another wiring's, in standard errors.
+
+        Position by position, so that what is hard for both does not blur the difference.
+        """
+        difference_N = (best.hits_KN.int() - self.hits_KN.int()).sum(dim=0).double()
+        spread = difference_N.square().sum().sqrt().item()
+        return difference_N.sum().item() / spread if spread else 0.0
+
+
+@torch.no_grad()
+def probe(model: Transformer, tokens_N: Tensor, depths: int, piece: int) -> list[Result]:
+    """Every combination of input and carry over the text, cut into pieces that start anew."""
+    wirings = [
+        replace(model.config.mtp, input=state, carry=carry)
+        for state, carry in product(INPUTS, CARRIES)
+    ]
+    hits: list[list[Tensor]] = [[] for _ in wirings]
+    counts_K = torch.zeros(depths, dtype=torch.int64)
+    pieces = tokens_N.to(model.embed.weight.device).split(piece)
+    for tokens_n in tqdm(pieces, unit="piece", file=sys.stderr, disable=None):
+        tokens_Bn = tokens_n[None]
+        states = model.hidden_states(tokens_Bn)
+        own_n = model.logits(states.normed_BTD[0]).argmax(dim=-1)
+        for found, wiring in zip(hits, wirings, strict=True):
+            drafts = forced_drafts(model, forced_states(model, states, tokens_Bn, depths, wiring))
+            hits_Kn = torch.zeros(depths, len(tokens_n), dtype=torch.bool)
+            for depth, draft_n in enumerate(drafts, start=1):
+                hits_Kn[depth - 1, : len(draft_n)] = draft_n == own_n[depth:]
+            found.append(hits_Kn)
+        counts_K += torch.tensor([max(0, len(tokens_n) - k) for k in range(1, depths + 1)])
+    return [
+        Result(wiring, torch.cat(found, dim=1), counts_K)
+        for wiring, found in zip(wirings, hits, strict=True)
+    ]
+
+
+def forced_drafts(model: Transformer, depths: list[Tensor]) -> list[Tensor]:
+    modules = model.mtp_modules
+    return [
+        model.logits(normed_BnD[0], modules[min(k, len(modules) - 1)]).argmax(dim=-1)
+        for k, normed_BnD in enumerate(depths)
+    ]
+
+
+def warn(results: list[Result], best: Result, configured: MTPConfig) -> None:
+    """Say what the table means where it means trouble."""
+    highest = max(result.acceptance[0] for result in results)
+    if highest < NEAR_ZERO:
+        warnings.warn(
+            f"at most {100 * highest:.1f} % of first drafts are accepted: the head is probably not "
+            "loaded, or reads behind the wrong norm",
+            stacklevel=2,
+        )
+        return
+    (own,) = [result for result in results if result.wiring == configured]
+    if own.behind(best) > NOTICEABLE:
+        warnings.warn(
+            f"the model is wired otherwise than its drafts are best: write "
+            f'"mtp_input": "{best.wiring.input}", "mtp_carry": "{best.wiring.carry}" into '
+            "config.json to use what is",
+            stacklevel=2,
+        )
+
+
+def described(result: Result, best: Result, configured: MTPConfig) -> dict[str, Any]:
+    return {
+        "input": result.wiring.input,
+        "carry": result.wiring.carry,
+        "acceptance": [round(share, 4) for share in result.acceptance],
+        "tokens_per_forward": round(result.tokens_per_forward, 3),
+        "standard_errors_behind_best": round(result.behind(best), 1),
+        "configured": result.wiring == configured,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    depths = range(1, len(report["wirings"][0]["acceptance"]) + 1)
+    head = "input   carry  " + "".join(f"  draft {k:<2}" for k in depths)
+    lines = [
+        f"{report['tokens']:,} tokens of text, {report['piece']} at once; accepted are the drafts "
+        "that the model itself finds likeliest",
+        "",
+        head + "  tokens/forward  standard errors behind the best",
+    ]
+    for row in report["wirings"]:
+        shares = "".join(f"  {100 * share:6.2f} %" for share in row["acceptance"])
+        marks = "  configured" if row["configured"] else ""
+        lines.append(
+            f"{row['input']:<8}{row['carry']:<7}{shares}  {row['tokens_per_forward']:14.3f}  "
+            f"{row['standard_errors_behind_best']:10.1f}{marks}"
+        )
+    return "\n".join(lines)
