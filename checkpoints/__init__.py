@@ -2,7 +2,7 @@
 
 from .config_file import CheckpointError
 from .contents import read_headers
-from .convert import convert
+from .convert import companions, convert
 from .load import load_model
 from .published_config import read_config, unread_keys
 from .save import save_model
@@ -15,6 +15,7 @@ __all__ = [
     "StoredTensor",
     "TextStream",
     "Tokenizer",
+    "companions",
     "convert",
     "load_model",
     "load_tokenizer",

@@ -46,7 +46,7 @@ def convert(
         ]
         own = main_dtype(contents, shards)
         config_json = with_dtype(config.published, own, dtype)
-        beside = [file for file in sorted(source.iterdir()) if is_companion(file)]
+        beside = companions(source)
         write_checkpoint(target, config_json, tensors, max_shard_bytes, beside, progress)
 
 
@@ -71,7 +71,11 @@ def main_dtype(contents: Contents, shards: Shards) -> torch.dtype:
     return dtype_of(contents.weights[names[0]], shards)
 
 
+def companions(directory: Path) -> list[Path]:
+    """The files of a checkpoint that neither hold weights nor describe their files."""
+    return [file for file in sorted(directory.iterdir()) if is_companion(file)]
+
+
 def is_companion(file: Path) -> bool:
-    """A file that belongs to the checkpoint and neither holds weights nor describes their files."""
     describes = file.name == "config.json" or file.name.endswith(".safetensors.index.json")
     return file.is_file() and not describes and file.suffix not in WEIGHTS

@@ -18,12 +18,13 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def plain_loss(states_BTD, head_VD, tokens_BT, ahead, mask_BT=None) -> float:
+def plain_loss(states_BTD, head_VD, tokens_BT, ahead, mask_BT=None, documents_BT=None) -> float:
     """One position after the other: minus the log-probability of the token `ahead` of it."""
     losses = []
     for b, tokens_T in enumerate(tokens_BT.tolist()):
         for i in range(min(states_BTD.shape[1], len(tokens_T) - ahead)):
-            if mask_BT is None or mask_BT[b, i + ahead]:
+            documents = [0, 0] if documents_BT is None else documents_BT[b, i::ahead][:2]
+            if (mask_BT is None or mask_BT[b, i + ahead]) and documents[0] == documents[1]:
                 logits = (head_VD @ states_BTD[b, i]).tolist()
                 total = math.log(sum(math.exp(logit) for logit in logits))
                 losses.append(total - logits[tokens_T[i + ahead]])
@@ -52,6 +53,27 @@ def test_only_masked_targets_count(ahead, seed):
     actual = next_token_loss(states_BTD, head_VD, tokens_BT, ahead, mask_BT).item()
     expected = plain_loss(states_BTD, head_VD, tokens_BT, ahead, mask_BT)
     assert actual == pytest.approx(expected, rel=1e-9)
+
+
+@given(ahead=st.integers(1, 3), ends=st.sets(st.integers(1, 7), max_size=3), masked=st.booleans())
+def test_no_position_answers_for_a_token_of_another_document(ahead, ends, masked):
+    tokens_BT, head_VD, states_BTD = random_tokens(2, 9, V), noise(V, D), noise(2, 9, D)
+    cut_T = torch.tensor([sum(i >= end for end in ends) for i in range(9)])
+    documents_BT = torch.stack([cut_T, torch.zeros(9, dtype=torch.int64)])
+    mask_BT = noise(2, 9) > -0.5 if masked else None
+    asked = head_VD, tokens_BT, ahead, mask_BT, documents_BT
+    expected = plain_loss(states_BTD, *asked)
+    assert next_token_loss(states_BTD, *asked).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_without_any_target_the_loss_is_zero_and_so_is_its_gradient():
+    tokens_BT, states_BTD = random_tokens(1, 4, V), noise(1, 4, D).requires_grad_(True)
+    loss = next_token_loss(
+        states_BTD, noise(V, D), tokens_BT, 1, documents_BT=torch.arange(4)[None]
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert not states_BTD.grad.any()
 
 
 def test_a_uniform_guess_costs_the_logarithm_of_the_vocabulary():

@@ -1,10 +1,12 @@
 """Training: a resumed run is the uninterrupted one, to the bit; checkpoints are whole or absent."""
 
+import argparse
 import json
 import shutil
 
 import pytest
 import torch
+from files import tensors_of
 from safetensors.torch import load_file
 
 from checkpoints import load_model, load_tokenizer
@@ -12,7 +14,14 @@ from moe import MoEConfig, Router
 from tools import corpus, held_out, training_state
 from tools.__main__ import main
 from tools.make_tiny import CONFIGS
-from tools.train import keep_routers_exact, learning_rate
+from tools.train import (
+    add_arguments,
+    depth_weights,
+    keep_routers_exact,
+    learning_rate,
+    make_optimizer,
+    train_step,
+)
 
 STORY = "Once there was a king, {i} years old, who had {i} sons and as many golden apples.\n\n"
 
@@ -76,6 +85,115 @@ def test_learning_reduces_the_loss_and_every_router_is_balanced(paths):
     biases = {name: t for name, t in weights.items() if name.endswith("selection_bias")}
     assert len(biases) == 3  # two sparse layers and the MTP module
     assert all(bias.abs().max() > 0 for bias in biases.values())
+
+
+@pytest.fixture(scope="module")
+def base(paths):
+    """A trained model with one module, and a config of the same with two."""
+    assert train(paths, "base", steps=30) == 0
+    config = json.loads((paths / "config.json").read_text())
+    (paths / "two.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 2}))
+    return paths / "base" / "model"
+
+
+def test_modules_can_be_trained_on_a_model_that_stays_as_it_is(paths, base, capsys):
+    more = ("--start-from", base, "--config", paths / "two.json", "--only-mtp")
+    assert train(paths, "modules", *map(str, more), "--mtp-weight", "0.3", "0.2", steps=30) == 0
+    assert "tensors of MTP modules are new" in capsys.readouterr().err
+    before, after = tensors_of(base), tensors_of(paths / "modules" / "model")
+    last = len(load_model(base, progress=False).layers)
+    modules = tuple(f"model.layers.{number}." for number in (last, last + 1))
+    main = [name for name in before if not name.startswith(modules)]
+    assert all(after[name].equal(before[name]) for name in main)
+    assert all(after[name].dtype == before[name].dtype for name in main)
+    rest = [name for name in after if name not in main and "embed" not in name]
+    assert {name.split(".")[2] for name in rest} == {str(last), str(last + 1)}
+    for name in rest:
+        if name in before and "shared_head.head" not in name:
+            assert not after[name].equal(before[name]), name
+    biases = [name for name in rest if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2
+    assert all(after[name].any() for name in biases)
+    log = [json.loads(line) for line in (paths / "modules" / "log.jsonl").open()]
+    assert log[-1]["mtp_loss"] < 0.8 * log[0]["mtp_loss"]
+    assert load_tokenizer(paths / "modules" / "model").vocab_size == 300
+
+
+def test_going_on_from_a_model_trains_all_of_it(paths, base):
+    assert train(paths, "further", "--start-from", str(base)) == 0
+    first, before = tensors_of(paths / "further" / "model"), tensors_of(base)
+    assert first.keys() == before.keys()
+    assert not any(first[name].equal(before[name]) for name in first if "proj" in name)
+    log = [json.loads(line) for line in (paths / "further" / "log.jsonl").open()]
+    begun = [json.loads(line) for line in (paths / "base" / "log.jsonl").open()]
+    assert log[0]["loss"] < 0.8 * begun[0]["loss"]
+
+
+def test_no_module_is_asked_for_a_token_of_another_document(base):
+    """The figure in the log, computed from logits position by position."""
+    model = load_model(base, dtype=torch.float32, progress=False).requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(300, (2, 24), generator=generator)
+    documents_BT = torch.tensor([[0] * 5 + [1] * 2 + [2] * 17, [3] * 24])
+    (logits_BtV,) = model.mtp_logits(tokens_BT)
+    losses = [
+        -logits_BtV[b, i].log_softmax(dim=-1)[tokens_BT[b, i + 2]].item()
+        for b in range(2)
+        for i in range(22)
+        if documents_BT[b, i] == documents_BT[b, i + 2]
+    ]
+    assert len(losses) == 3 + 0 + 15 + 22
+    args = parsed("--mtp-weight", "1")
+    figures = train_step(model, make_optimizer(model, 0.1), tokens_BT, documents_BT, 0, args)
+    assert figures["mtp_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def parsed(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(["--text", "-", "--out", "-", "--steps", "1", *flags])
+
+
+@pytest.mark.parametrize(
+    ("given", "weights"),
+    [((), [0.15, 0.15]), (("0.4",), [0.2, 0.2]), (("0.4", "0.1"), [0.4, 0.1])],
+)
+def test_one_weight_is_shared_by_the_depths_and_several_are_one_each(given, weights):
+    args = parsed(*(("--mtp-weight", *given) if given else ()))
+    assert depth_weights(args, 2) == weights
+
+
+def test_documents_are_packed_as_the_text_is(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(corpus.train_vocabulary(STORY * 9, 300))
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    documents = [STORY.format(i=i).strip() * i for i in (3, 1, 2)]
+    tokenizer, text = load_tokenizer(tmp_path), corpus.DOCUMENT_END.join(documents)
+    tokens_N, documents_N = corpus.packed(tokenizer, text)
+    assert tokens_N.tolist() == tokenizer.encode(text)
+    for number, document in enumerate(documents):
+        own = tokens_N[documents_N == number].tolist()
+        assert tokenizer.decode(own).strip() == document
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--only-mtp",), "--only-mtp needs --start-from"),
+        (("--mtp-weight", "0.1", "0.2"), "2 numbers for 1 MTP modules"),
+        (("--mtp-weight", "-1"), "--mtp-weight"),
+        (("--start-from", "nowhere"), "nowhere"),
+        (("--start-from", "OTHER"), "is another model than --config"),
+    ],
+)
+def test_wrong_settings_of_modules_are_one_line(paths, base, tmp_path, capsys, flags, told):
+    if "OTHER" in flags:
+        config = json.loads((paths / "config.json").read_text())
+        (tmp_path / "other.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+        flags = ("--start-from", str(base), "--config", str(tmp_path / "other.json"))
+    assert train(paths, "never", *flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert told in error
 
 
 def test_bfloat16_trains_too(paths):
@@ -159,11 +277,10 @@ def test_a_wrong_setting_is_one_line(paths, capsys, flag, value):
 
 
 def test_every_epoch_tiles_the_text_and_no_step_repeats_another():
-    tokens_N = torch.arange(1000)
     per_epoch = (1000 - 16) // 16 // 4
     for epoch in range(3):
         steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        batches = [corpus.batch(tokens_N, step, 4, 16, seed=1) for step in steps]
+        batches = [corpus.batch(1000, step, 4, 16, seed=1) for step in steps]
         seen = torch.cat(batches).flatten()
         assert len(seen.unique()) == len(seen)
         assert all((b[:, 1:] - b[:, :-1] == 1).all() for b in batches)

@@ -11,6 +11,8 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from checkpoints import Tokenizer
+
 DOCUMENT_END = "\n\n\n"  # documents are separated by two blank lines
 
 
@@ -72,13 +74,23 @@ def windows(num_tokens: int, length: int, seed: int, epoch: int) -> Tensor:
     return starts[torch.randperm(len(starts), generator=generator)]
 
 
-def batch(tokens_N: Tensor, step: int, batch_size: int, length: int, seed: int) -> Tensor:
-    """The (B, T) tokens of a step: a pure function, so a resumed run sees the same text."""
-    per_epoch = (len(tokens_N) - length) // length // batch_size
+def batch(num_tokens: int, step: int, batch_size: int, length: int, seed: int) -> Tensor:
+    """Which tokens a step sees, (B, T): a pure function, so a resumed run sees the same text."""
+    per_epoch = (num_tokens - length) // length // batch_size
     if per_epoch < 1:
         raise ValueError(
-            f"{len(tokens_N)} tokens of text are too few for a batch of {batch_size} x {length}"
+            f"{num_tokens} tokens of text are too few for a batch of {batch_size} x {length}"
         )
     epoch, index = divmod(step, per_epoch)
-    starts_B = windows(len(tokens_N), length, seed, epoch)[index * batch_size :][:batch_size]
-    return tokens_N[starts_B[:, None] + torch.arange(length)]
+    starts_B = windows(num_tokens, length, seed, epoch)[index * batch_size :][:batch_size]
+    return starts_B[:, None] + torch.arange(length)
+
+
+def packed(tokenizer: Tokenizer, text: str) -> tuple[Tensor, Tensor]:
+    """The documents of a text as one stream: its tokens, and the number of each one's document."""
+    documents = text.split(DOCUMENT_END)
+    ends = [DOCUMENT_END] * (len(documents) - 1) + [""]
+    ids = [tokenizer.encode(text + end) for text, end in zip(documents, ends, strict=True)]
+    lengths = torch.tensor([len(document) for document in ids])
+    tokens_N = torch.tensor([token for document in ids for token in document])
+    return tokens_N, torch.arange(len(ids)).repeat_interleave(lengths)

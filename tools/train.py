@@ -1,7 +1,10 @@
 """train: the plain loop that made the shipped model.
 
 One step: next-token loss + MTP loss + a small sequence-wise balance loss, AdamW, then the
-auxiliary-loss-free update of every router's selection bias (MTP modules included). The learning
+auxiliary-loss-free update of every router's selection bias (MTP modules included). Documents are
+packed one behind the other and may see each other (DeepSeek-V3, section 4.1), but no MTP module is
+asked for a token of another document. With --only-mtp the modules are trained on a model that stays
+as it is. The learning
 rate warms up, stays, and falls linearly to zero over the last steps. A run can be given another
 end from any checkpoint before its fall, and a finished one can be lengthened: its learning rate
 then rises again and falls once more.
@@ -13,10 +16,8 @@ Shapes: B sequences, T positions, D model width, N tokens.
 """
 
 import argparse
-import copy
 import json
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import Tokenizer, load_model, load_tokenizer, read_config, save_model
+from checkpoints import load_model, load_tokenizer, read_config
 from modeling import Transformer, mtp_loss, next_token_loss
 from moe import (
     expert_load,
@@ -36,10 +37,18 @@ from moe import (
     updated_selection_bias,
 )
 
-from .corpus import batch, hold_out, read_text, train_vocabulary
+from .corpus import batch, hold_out, packed, read_text
 from .generate import usable_device
 from .held_out import held_out_report
-from .training_state import checkpoints_in, restore, save_checkpoint
+from .training_state import (
+    checkpoints_in,
+    keep_lines,
+    restore,
+    save_checkpoint,
+    take_over,
+    vocabulary,
+    write_model,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--config",
         type=Path,
-        required=True,
-        help="config.json of the model, in its family's published spelling",
+        help="config.json of the model, in its family's published spelling (default: that of "
+        "--start-from)",
+    )
+    add(
+        "--start-from",
+        type=Path,
+        help="checkpoint directory to go on from; MTP modules that it has not begin at random",
+    )
+    add(
+        "--only-mtp", action="store_true", help="train the MTP modules, and leave the rest as it is"
     )
     add(
         "--out",
@@ -75,7 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--learning-rate", type=float, default=2e-3)
     add("--weight-decay", type=float, default=0.1, help="of matrices; norms have none")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--mtp-weight", type=float, default=0.3, help="of the MTP losses together")
+    add(
+        "--mtp-weight",
+        type=float,
+        nargs="+",
+        default=[0.3],
+        help="of the MTP losses together, or one for each depth",
+    )
     add(
         "--mtp-share",
         type=float,
@@ -101,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check(args)
     device = usable_device(args.device)
-    config = read_config(args.config)
+    config = read_config(args.config or args.start_from)
     settings, schedule = comparable(args), (args.steps - args.decay_steps, args.steps)
     newest = next(reversed(checkpoints_in(args.out)), None)
     if newest is not None and not args.resume:
@@ -110,12 +133,19 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.out}: holds no checkpoint to resume from")
     args.out.mkdir(parents=True, exist_ok=True)
     training_text, held_out_text = hold_out(read_text(args.text), args.hold_out)
-    tokenizer = vocabulary(args.out, training_text, config.vocab_size)
-    tokens_N = torch.tensor(tokenizer.encode(training_text))
+    if args.start_from is None:
+        tokenizer = vocabulary(args.out, training_text, config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(args.start_from)
+    tokens_N, documents_N = packed(tokenizer, training_text)
     held_out_N = torch.tensor(tokenizer.encode(held_out_text))
 
     model = Transformer(config)
     model.initialize(args.initial_std, args.seed)
+    stored_dtypes = {} if args.start_from is None else take_over(model, args.start_from)
+    if args.only_mtp:
+        model.requires_grad_(False).mtp.requires_grad_(True)
+    depth_weights(args, len(model.mtp))
     keep_routers_exact(model.to(device), device)
     optimizer = make_optimizer(model, args.weight_decay)
     first_step = 0
@@ -131,8 +161,10 @@ def run(args: argparse.Namespace) -> int:
     with progress, log_path.open("a", encoding="utf-8") as log:
         for step in range(first_step, args.steps):
             started = time.perf_counter()
-            tokens_BT = batch(tokens_N, step, args.batch_size, args.sequence_length, args.seed)
-            figures = train_step(model, optimizer, tokens_BT.to(device), step, args)
+            sizes = args.batch_size, args.sequence_length
+            places_BT = batch(len(tokens_N), step, *sizes, args.seed)
+            text = tokens_N[places_BT].to(device), documents_N[places_BT].to(device)
+            figures = train_step(model, optimizer, *text, step, args)
             figures |= {"step": step, "seconds": round(time.perf_counter() - started, 4)}
             log.write(json.dumps(figures) + "\n")
             progress.set_postfix(loss=f"{figures['loss']:.3f}")
@@ -140,7 +172,8 @@ def run(args: argparse.Namespace) -> int:
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 log.flush()
                 save_checkpoint(args.out, step + 1, model, optimizer, settings, schedule)
-    written = load_model(write_model(args.out, model), device, torch.float32, progress=False)
+    final = write_model(args.out, model, stored_dtypes, args.start_from)
+    written = load_model(final, device, torch.float32, progress=False)
     report = {"steps": args.steps, "tokens": args.steps * args.batch_size * args.sequence_length}
     report |= held_out_report(written, held_out_N, len(held_out_text.encode()))
     print(json.dumps(report, indent=2))
@@ -158,13 +191,17 @@ def check(args: argparse.Namespace) -> None:
         ("learning_rate", 0 < args.learning_rate < math.inf, "positive and finite"),
         ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0 and finite"),
         ("clip", args.clip > 0, "positive"),
-        ("mtp_weight", 0 <= args.mtp_weight < math.inf, "at least 0 and finite"),
+        ("mtp_weight", all(0 <= w < math.inf for w in args.mtp_weight), "at least 0 and finite"),
         ("mtp_share", 0 < args.mtp_share <= 1, "in (0, 1]"),
         ("balance_weight", 0 <= args.balance_weight < math.inf, "at least 0 and finite"),
         ("bias_rate", 0 <= args.bias_rate < math.inf, "at least 0 and finite"),
         ("initial_std", 0 < args.initial_std < math.inf, "positive and finite"),
         ("hold_out", args.hold_out >= 1, "at least 1"),
     ]
+    if args.config is None and args.start_from is None:
+        raise ValueError("--config or --start-from is needed: what is the model to be?")
+    if args.only_mtp and args.start_from is None:
+        raise ValueError("--only-mtp needs --start-from: what do the modules belong to?")
     for name, holds, rule in rules:
         if not holds:
             flag = "--" + name.replace("_", "-")
@@ -175,23 +212,28 @@ def train_step(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     tokens_BT: Tensor,
+    documents_BT: Tensor,
     step: int,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """One update of the weights and of the selection biases; returns what the log shows."""
-    head_VD, num_mtp, rate = model.head.weight, len(model.mtp), learning_rate(args, step)
+    rate = learning_rate(args, step)
     in_bfloat16 = args.precision == "bfloat16"
     reduced = torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=in_bfloat16)
     with record_routing(model) as routings, reduced:
-        states_BTD = model.hidden_states(tokens_BT)
-        loss = next_token_loss(states_BTD, head_VD, tokens_BT)
-        total = loss
+        states = model.hidden_states(tokens_BT)
+        loss = next_token_loss(states.normed_BTD, model.head.weight, tokens_BT)
         further = torch.zeros_like(loss)
-        if num_mtp:
-            depths = model.mtp_hidden_states(states_BTD, tokens_BT)
-            looked_at_BT = share_of_positions(tokens_BT, args.mtp_share, step)
-            further = mtp_loss(depths, head_VD, tokens_BT, [1 / num_mtp] * num_mtp, looked_at_BT)
-            total = total + args.mtp_weight * further
+        if model.mtp:
+            further = mtp_loss(
+                model.mtp_hidden_states(states, tokens_BT),
+                model.mtp_heads,
+                tokens_BT,
+                depth_weights(args, len(model.mtp)),
+                share_of_positions(tokens_BT, args.mtp_share, step),
+                documents_BT,
+            )
+        total = loss + further
         balance = sum(sequence_balance_loss(r, len(tokens_BT)) for r in routings.values())
         total = total + args.balance_weight * balance
     if not math.isfinite(total.item()):
@@ -204,7 +246,7 @@ def train_step(
     optimizer.step()
     loads = {layer: expert_load(routing) for layer, routing in routings.items()}
     for layer, router in routers(model).items():
-        if router.selection_bias is not None:
+        if router.selection_bias is not None and router.weight.requires_grad:
             router.selection_bias.copy_(
                 updated_selection_bias(router.selection_bias, loads[layer], args.bias_rate)
             )
@@ -224,6 +266,16 @@ def keep_routers_exact(model: Transformer, device: torch.device) -> None:
         router.forward = torch.autocast(device.type, enabled=False)(router.forward)  # type: ignore[method-assign]
 
 
+def depth_weights(args: argparse.Namespace, num_mtp: int) -> list[float]:
+    """One weight for each depth; a single one is shared by all of them (the paper's lambda / D)."""
+    if len(args.mtp_weight) == 1:
+        return [args.mtp_weight[0] / max(1, num_mtp)] * num_mtp
+    if len(args.mtp_weight) != num_mtp:
+        given = f"{len(args.mtp_weight)} numbers"
+        raise ValueError(f"--mtp-weight: {given} for {num_mtp} MTP modules: give one each, or one")
+    return args.mtp_weight
+
+
 def share_of_positions(tokens_BT: Tensor, share: float, step: int) -> Tensor | None:
     """A mask of evenly spaced positions, other ones each step; None for all of them."""
     if share >= 1:
@@ -241,25 +293,13 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
 
 
 def make_optimizer(model: Transformer, weight_decay: float) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() == 1]
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
-def vocabulary(out: Path, text: str, num_pieces: int) -> Tokenizer:
-    """The run's tokenizer, trained on its first start."""
-    path = out / "tokenizer.model"
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(train_vocabulary(text, num_pieces))
-        # the text is one long stream: no sequence of it begins with a BOS
-        (out / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}) + "\n")
-        partial.replace(path)
-    return load_tokenizer(out)
 
 
 def comparable(args: argparse.Namespace) -> dict[str, Any]:
@@ -269,24 +309,3 @@ def comparable(args: argparse.Namespace) -> dict[str, Any]:
     return {
         name: str(value) if isinstance(value, Path) else value for name, value in shared.items()
     }
-
-
-def keep_lines(path: Path, num_lines: int) -> None:
-    """Drop log lines of steps that a resumed run will take again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:num_lines]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(path)
-
-
-def write_model(out: Path, model: Transformer) -> Path:
-    """The trained model in bfloat16 in its family's published layout, with its tokenizer."""
-    final, fresh = out / "model", out / "model.new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    save_model(copy.deepcopy(model).to(torch.bfloat16), fresh)
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(out / name, fresh)
-    shutil.rmtree(final, ignore_errors=True)
-    fresh.rename(final)
-    return final

@@ -1,12 +1,16 @@
-"""A training run on disk: checkpoints that are whole or absent, and going on from them.
+"""A training run on disk: what it starts from, checkpoints that are whole or absent, its result.
 
 A checkpoint `step-N/` holds the weights, the optimizer's moments and the settings. It is written
 under another name, flushed to the disk and renamed, so the last good one survives anything.
 """
 
+import copy
 import json
 import os
 import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints import Tokenizer, companions, load_model, load_tokenizer, save_model
 from modeling import Transformer
+
+from .corpus import train_vocabulary
 
 KEPT = 2  # checkpoints
 
@@ -89,3 +96,64 @@ def restore(
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return saved["step"]
+
+
+def vocabulary(out: Path, text: str, num_pieces: int) -> Tokenizer:
+    """The run's tokenizer, trained on its first start."""
+    path = out / "tokenizer.model"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(train_vocabulary(text, num_pieces))
+        # the text is one long stream: no sequence of it begins with a BOS
+        (out / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}) + "\n")
+        partial.replace(path)
+    return load_tokenizer(out)
+
+
+def keep_lines(path: Path, num_lines: int) -> None:
+    """Drop log lines of steps that a resumed run will take again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:num_lines]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.replace(path)
+
+
+@torch.no_grad()
+def take_over(model: Transformer, start: Path) -> dict[str, torch.dtype]:
+    """Put a checkpoint's weights into a model that may have other MTP modules besides.
+
+    Returns the dtypes that they are stored in.
+    """
+    there = load_model(start)
+    if replace(there.config, mtp=model.config.mtp) != model.config:
+        raise ValueError(f"{start}: is another model than --config: only MTP modules may differ")
+    state = there.state_dict()
+    result = model.load_state_dict(state, strict=False)
+    if result.unexpected_keys:
+        raise ValueError(f"{start}: has MTP modules or tensors of them that --config has not")
+    if result.missing_keys:
+        print(f"note: {len(result.missing_keys)} tensors of MTP modules are new", file=sys.stderr)
+    own = there.embed.weight.dtype
+    return {**dict.fromkeys(result.missing_keys, own), **{n: x.dtype for n, x in state.items()}}
+
+
+def write_model(
+    out: Path, model: Transformer, dtypes: Mapping[str, torch.dtype], start: Path | None
+) -> Path:
+    """The trained model in its family's published layout, with its tokenizer.
+
+    dtypes: those that parameters are stored in; bfloat16 where nothing is said.
+    """
+    final, fresh = out / "model", out / "model.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    stored = copy.deepcopy(model)
+    for name, parameter in stored.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, torch.bfloat16))
+    save_model(stored, fresh)
+    ours = [out / name for name in ("tokenizer.model", "tokenizer_config.json")]
+    for file in ours if start is None else companions(start):
+        shutil.copy(file, fresh)
+    shutil.rmtree(final, ignore_errors=True)
+    fresh.rename(final)
+    return final
