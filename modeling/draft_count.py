@@ -2,12 +2,12 @@
 
 With a_j the share of drafts at position j that are kept when those before them were, k drafts gain
 1 + a_1 + a_1 a_2 + ... + a_1 ... a_k tokens a round (Leviathan et al. 2023, equation 1, with an
-acceptance for each position), which takes k times a draft and one forward over 1 + k tokens. All of
-these are measured while text is generated, because all depend on the text and on the machine.
+acceptance for each position), which takes the time of k drafts and of one forward over 1 + k
+tokens. All of these are measured while text is generated: all depend on the text and the machine.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -40,9 +40,10 @@ class FixedCount:
 class MeasuredCount:
     """The number with which tokens have come fastest, 0 if that is without drafts.
 
-    It begins with most and no drafts in turn, which gives the times. Of acceptance it expects the
-    best until it has seen otherwise, and forgets slowly: so it tries more drafts again after a
-    while, and goes back if the text is still as hard to guess.
+    It begins with most and no drafts in turn, for the times; those of other numbers it takes to lie
+    between until it has tried them. Of acceptance it expects the best until it has seen otherwise.
+    Newer drafts count for more, and what is not tried again is slowly forgotten: so after a while
+    it tries more drafts once more, and goes back if the text is still as hard to guess.
     """
 
     def __init__(self, most: int = 8) -> None:
@@ -50,65 +51,60 @@ class MeasuredCount:
         self.rounds = 0
         self.reached = [0.0] * most  # times that all drafts before this position were kept
         self.accepted = [0.0] * most
+        self.drafting_seconds: dict[int, deque[float]] = {}  # by the number of drafts
         self.forward_seconds: dict[int, deque[float]] = {}
-        self.draft_seconds: deque[float] = deque(maxlen=KEPT)
 
     def next(self) -> int:
         if self.rounds < BEGINNING:
             return self.most if self.rounds % 2 == 0 else 0
         if self.rounds % AGAIN == 0:
             return 0  # as the text grows, so does the time of a plain step
-        return fastest_count(self.acceptance(), self.seconds(), median(self.draft_seconds))
+        drafting, forward = self.drafting_seconds, self.forward_seconds
+        seconds = [typical(drafting, k) + typical(forward, k) for k in range(self.most + 1)]
+        return fastest_count(self.acceptance(), seconds)
 
     def observe(self, seen: Round) -> None:
         """Learn from a round that was drafted as `next` said; fewer drafts near a text's end."""
         self.rounds += 1
         count = max(seen.drafted)
         self.forward_seconds.setdefault(count, deque(maxlen=KEPT)).append(seen.forward_seconds)
-        if count and self.rounds > 1:  # in the first round the modules read the prompt
-            self.draft_seconds.append(seen.drafting_seconds / count)
-        for counts in (self.reached, self.accepted):
-            counts[:] = [FORGETTING * number for number in counts]
-        for drafted, accepted in zip(seen.drafted, seen.accepted, strict=True):
-            for position in range(min(drafted, accepted + 1)):
-                self.reached[position] += 1
-                self.accepted[position] += position < accepted
+        if self.rounds > 1:  # in the first one the modules read the prompt
+            drafting = self.drafting_seconds.setdefault(count, deque(maxlen=KEPT))
+            drafting.append(seen.drafting_seconds)
+        for position in range(self.most):
+            pairs = zip(seen.drafted, seen.accepted, strict=True)
+            kept = [n > position for made, n in pairs if min(made, n + 1) > position]
+            remembered = UNTRIED * NEWER ** len(kept)
+            self.reached[position] = remembered * self.reached[position] + len(kept)
+            self.accepted[position] = remembered * self.accepted[position] + sum(kept)
 
     def acceptance(self) -> list[float]:
         """Of each position, as if one more draft had been kept than was."""
         pairs = zip(self.accepted, self.reached, strict=True)
         return [(accepted + 1) / (reached + 1) for accepted, reached in pairs]
 
-    def seconds(self) -> list[float]:
-        """Of a forward with 0, 1, ... drafts; what was not tried lies between what was."""
-        known = {count: median(seconds) for count, seconds in self.forward_seconds.items()}
-        found = []
-        for count in range(self.most + 1):
-            below = max(k for k in known if k <= count)
-            above = min((k for k in known if k >= count), default=below)
-            share = (count - below) / max(1, above - below)
-            found.append(known[below] + share * (known[above] - known[below]))
-        return found
-
 
 KEPT = 9  # measurements of one time
 BEGINNING = 6  # rounds
 AGAIN = 64  # rounds
-FORGETTING = 0.98  # a round
+NEWER = 0.975  # the weight of what was seen, with each draft seen since
+UNTRIED = 0.996  # and with each round
 
 
-def fastest_count(
-    acceptance: Sequence[float], forward_seconds: Sequence[float], draft_seconds: float
-) -> int:
+def typical(measured: Mapping[int, Sequence[float]], count: int) -> float:
+    """The median for this number of drafts; if it was not tried, on the line between neighbours."""
+    known = {tried: median(seconds) for tried, seconds in measured.items()}
+    below = max(tried for tried in known if tried <= count)
+    above = min((tried for tried in known if tried >= count), default=below)
+    share = (count - below) / max(1, above - below)
+    return known[below] + share * (known[above] - known[below])
+
+
+def fastest_count(acceptance: Sequence[float], seconds: Sequence[float]) -> int:
     """The number of drafts that gives most tokens a second; the smaller one of equals.
 
-    acceptance: of positions 1, 2, ...; forward_seconds: with 0, 1, ... drafts.
+    acceptance: of positions 1, 2, ...; seconds: of a whole round with 0, 1, 2, ... drafts.
     """
-    gains = accumulate(acceptance, mul, initial=1.0)
-    speeds = [
-        tokens / (forward + count * draft_seconds)
-        for count, (tokens, forward) in enumerate(
-            zip(accumulate(gains), forward_seconds, strict=True)
-        )
-    ]
+    tokens = accumulate(accumulate(acceptance, mul, initial=1.0))
+    speeds = [gained / taken for gained, taken in zip(tokens, seconds, strict=True)]
     return speeds.index(max(speeds))

@@ -136,6 +136,39 @@ def test_a_window_cut_back_goes_no_further_back_until_a_row_is_empty():
     assert cache.lengths == [1]
 
 
+@pytest.mark.parametrize("window", [None, 1, 2, 5])
+@pytest.mark.parametrize("held", [1, 4, 9])
+def test_a_row_spread_over_many_is_what_each_would_have_been(window, held):
+    """Every row equals a cache of its own that was given so much of the text and no more."""
+
+    def cache(rows: int):
+        if window is None:
+            return LayerCache(rows, MAX_LENGTH, WIDTHS, LIKE)
+        return WindowCache(rows, MAX_LENGTH, WIDTHS, LIKE, window, rollback=MAX_LENGTH)
+
+    entries = [torch.randn(1, held + 1, width, dtype=torch.float64) for width in WIDTHS]
+    whole, ends = cache(1), list(range(held + 1))
+    whole.append(*(entry[:, :held] for entry in entries))
+    before = [buffer.clone() for buffer in whole.buffers]
+    spread = whole.spread(ends)
+    assert spread.lengths == ends
+    shown, keys = spread.append(*(entry[:, held:].expand(len(ends), -1, -1) for entry in entries))
+    for row, end in enumerate(ends):
+        alone = cache(1)
+        alone.append(*(entry[:, :end] for entry in entries))
+        expected, positions = alone.append(*(entry[:, held:] for entry in entries))
+        if positions is None:
+            continue
+        first = 0 if window is None else max(0, end + 1 - window)
+        for ours, theirs in zip(shown, expected, strict=True):
+            for position in range(first, end + 1):
+                place = (keys.expand(len(ends), -1)[row] == position).nonzero()[-1]
+                there = (positions[0] == position).nonzero()[-1]
+                assert ours[row, place].equal(theirs[0, there])
+    assert whole.lengths == [held]  # and the spread cache is another one
+    assert all(map(torch.equal, whole.buffers, before))
+
+
 @pytest.mark.parametrize("window", [None, 4, 99])
 def test_padding_beside_a_row_that_fills_the_cache_is_never_written(window):
     cache = transformer(model_config(gqa(window=window))).make_cache(2, 8).layers[0]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling.sampling import RandomStream, Sampling
+from modeling.sampling import Draft, RandomStream, Sampling, acceptance, residual
 
 logit_lists = st.lists(st.floats(-8, 8), min_size=1, max_size=12)
 
@@ -67,6 +67,78 @@ def test_greedy_takes_the_likeliest_and_draws_nothing():
     assert random.generator.get_state().equal(before)
 
 
+@st.composite
+def two_distributions(draw) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is wanted and what was drafted from, over one vocabulary; zeros in either."""
+    size = draw(st.integers(1, 9))
+    lists = st.lists(st.floats(0, 1), min_size=size, max_size=size)
+    pair = [torch.tensor(draw(lists), dtype=torch.float64) for _ in range(2)]
+    for weights_V in pair:
+        weights_V[draw(st.integers(0, size - 1))] += 0.01
+    return tuple(weights_V / weights_V.sum() for weights_V in pair)
+
+
+@given(two_distributions())
+def test_a_judged_draft_is_distributed_as_it_is_wanted(pair):
+    """P(x) = q(x) a(x) + sum_d q(d) (1 - a(d)) r(x), for every token x."""
+    p_V, q_V = pair
+    result = [0.0] * len(p_V)
+    for draft, drafted in enumerate(q_V.tolist()):
+        if drafted > 0:
+            kept = acceptance(p_V, q_V, draft)
+            assert 0 <= kept <= 1
+            result[draft] += drafted * kept
+            if kept < 1:
+                for token, share in enumerate(residual(p_V, q_V).tolist()):
+                    result[token] += drafted * (1 - kept) * share
+    assert result == pytest.approx(p_V.tolist(), abs=1e-12)
+
+
+@given(two_distributions())
+def test_as_many_drafts_are_kept_as_the_two_have_in_common(pair):
+    p_V, q_V = pair
+    drafts = [token for token, share in enumerate(q_V.tolist()) if share > 0]
+    kept = sum(float(q_V[token]) * acceptance(p_V, q_V, token) for token in drafts)
+    assert kept == pytest.approx(torch.minimum(p_V, q_V).sum().item(), abs=1e-12)
+
+
+@given(two_distributions())
+def test_what_replaces_a_refused_draft_is_never_that_draft(pair):
+    p_V, q_V = pair
+    for token, share in enumerate(q_V.tolist()):
+        if share > 0 and acceptance(p_V, q_V, token) < 1 - 1e-9:
+            assert residual(p_V, q_V)[token] == 0
+
+
+def test_equal_distributions_leave_something_to_draw_from():
+    p_V = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    assert acceptance(p_V, p_V.clone(), 1) == 1
+    assert residual(p_V, p_V.clone()).equal(p_V)
+
+
+@given(logit_lists, st.floats(0.3, 2), st.integers(1, 5), st.floats(0.1, 1), st.floats(0, 0.9))
+def test_drafts_are_drawn_after_all_filters(logits, temperature, top_k, top_p, min_p):
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    logits_V = torch.tensor(logits)
+    draft = sampling.draft(logits_V, RandomStream(0))
+    assert draft.probability_V.equal(sampling.probabilities(logits_V))
+    assert draft.probability_V[draft.token] > 0
+
+
+def test_a_greedy_draft_is_judged_by_the_likeliest_token():
+    logits_V = torch.tensor([0.1, 3.0, 2.0])
+    assert Sampling().draft(logits_V, RandomStream(0)) == (1, None)
+    for token in range(3):
+        assert Sampling().judged(logits_V, Draft(token, None), RandomStream(0)) == 1
+
+
+def test_what_the_filters_exclude_is_refused():
+    sampling, certain_V = Sampling(temperature=1.0, top_k=1), torch.tensor([0.0, 1.0]).double()
+    for seed in range(20):
+        draft = Draft(1, certain_V)
+        assert sampling.judged(torch.tensor([2.0, 1.0]), draft, RandomStream(seed)) == 0
+
+
 def test_streams_repeat_with_a_seed_and_differ_without_one():
     draws = [
         torch.rand(4, generator=RandomStream(seed).generator).tolist() for seed in (5, 5, 6, None)
@@ -99,3 +171,9 @@ def test_settings_that_no_distribution_has_are_refused_by_name(settings):
 def test_logits_that_are_no_numbers_are_an_error():
     with pytest.raises(ValueError, match="NaN"):
         Sampling().choose(torch.tensor([0.0, float("nan")]), RandomStream(0))
+    damaged_V, draft = torch.tensor([0.0, float("nan")]), Draft(0, torch.tensor([0.5, 0.5]))
+    for sampling in (Sampling(), Sampling(temperature=1.0)):
+        with pytest.raises(ValueError, match="NaN"):
+            sampling.judged(damaged_V, draft, RandomStream(0))
+        with pytest.raises(ValueError, match="NaN"):
+            sampling.draft(damaged_V, RandomStream(0))

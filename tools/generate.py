@@ -49,9 +49,18 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-p", type=float, help="draw from those at least this share as likely as the likeliest"
     )
     add("--seed", type=int, help="makes the draws repeatable")
-    add("--draft-tokens", type=int, default=0, help="tokens the MTP modules guess per round")
+    add(
+        "--draft-tokens",
+        type=draft_tokens,
+        default=0,
+        help="tokens the MTP modules guess per round; auto: the number that proves fastest",
+    )
     add("--device", default="cpu", help="any device torch knows: cpu, cuda, cuda:1, mps ...")
     add("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+
+
+def draft_tokens(text: str) -> int | str:
+    return "auto" if text == "auto" else int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,7 +93,7 @@ def load_for(tokenizer: Tokenizer, args: argparse.Namespace) -> Transformer:
     """The model that the arguments ask for, if the tokenizer can be its own."""
     device = usable_device(args.device)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    model = load_model(args.model, device, dtype, mtp=args.draft_tokens > 0)
+    model = load_model(args.model, device, dtype, mtp=args.draft_tokens != 0)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{args.model}: the tokenizer has {tokenizer.vocab_size} ids and the model "
@@ -159,13 +168,17 @@ def figures(model: Transformer, statistics: GenerationStatistics) -> dict[str, A
         "generation_tokens_per_second": round(statistics.generation_tokens_per_second, 1),
         "cache_bytes_per_token": statistics.cache_bytes_per_token,
         "plain_attention_cache_bytes_per_token": plain_cache_bytes(model.config, element),
+        "forwards": statistics.forwards,
+        "forwards_saved": statistics.forwards_saved,
         "drafted_tokens": statistics.drafted,
         "accepted_tokens": statistics.accepted,
+        "mean_accepted_length": round(statistics.mean_accepted_length, 3),
+        "drafting_seconds": round(statistics.drafting_seconds, 4),
+        "verifying_seconds": round(statistics.verifying_seconds, 4),
     }
 
 
 def summary(figures: dict[str, Any]) -> str:
-    drafted, accepted = sum(figures["drafted_tokens"]), sum(figures["accepted_tokens"])
     lines = [
         f"parameters   {figures['total_parameters']:,} in all, "
         f"{figures['active_parameters']:,} used per token",
@@ -176,7 +189,21 @@ def summary(figures: dict[str, Any]) -> str:
         f"cache        {figures['cache_bytes_per_token']:,} bytes per token; plain multi-head "
         f"attention: {figures['plain_attention_cache_bytes_per_token']:,}",
     ]
-    if drafted:
-        share = f"{100 * accepted / drafted:.0f} %"
-        lines.append(f"drafts       {drafted} by the MTP module, {accepted} accepted ({share})")
+    if any(figures["drafted_tokens"]):
+        lines += draft_lines(figures)
     return "\n" + "\n".join(lines)
+
+
+def draft_lines(figures: dict[str, Any]) -> list[str]:
+    """What the MTP modules guessed, position by position, what was kept, and what it saved."""
+    drafted, accepted = figures["drafted_tokens"], figures["accepted_tokens"]
+    pairs = [(kept, made) for kept, made in zip(accepted, drafted, strict=True) if made]
+    shares = ", ".join(f"{kept} of {made} ({100 * kept / made:.0f} %)" for kept, made in pairs)
+    forwards, saved = figures["forwards"], figures["forwards_saved"]
+    return [
+        f"drafts       accepted by position: {shares}",
+        f"             {figures['mean_accepted_length']:.2f} tokens a round; {forwards} forwards "
+        f"instead of {forwards + saved}",
+        f"             {figures['drafting_seconds']:.2f} s in drafting, "
+        f"{figures['verifying_seconds']:.2f} s in verifying",
+    ]
