@@ -87,7 +87,7 @@ class MeasuredCount:
 KEPT = 9  # measurements of one time
 BEGINNING = 6  # rounds
 AGAIN = 64  # rounds
-NEWER = 0.975  # the weight of what was seen, with each draft seen since
+NEWER = 0.96  # the weight of what was seen, with each draft seen since
 UNTRIED = 0.996  # and with each round
 
 

@@ -96,7 +96,7 @@ def test_it_follows_the_text():
     rule = MeasuredCount()
     easy, hard = World(0.95, 0.05, 0.02), World(0.03, 0.05, 0.02)
     first, _ = drafted_by(rule, easy, 150)
-    second, _ = drafted_by(rule, hard, 150)
+    second, _ = drafted_by(rule, hard, 200)
     third, _ = drafted_by(rule, easy, 400)
     middle = [sorted(chosen[-80:])[40] for chosen in (first, second, third)]
     assert middle[0] >= 6

@@ -363,3 +363,48 @@ def plain_states(model: Transformer, tokens_T: Tensor) -> Tensor:
     """What the head reads, (T, D), for one sequence."""
     config, x_TD = model.config, plain_raw_states(model, tokens_T)
     return config.logits_multiplier * plain_norm(x_TD, model.norm.weight, config.norm_epsilon)
+
+
+def plain_module(model, number, read_TD, tokens_T):
+    """One module on states and the tokens beside them: DeepSeek-V3, equations 21 and 22.
+
+    Returns its states before and after the norm that precedes the head.
+    """
+    module, config = model.mtp_modules[number - 1], model.config
+    epsilon, rows = config.norm_epsilon, []
+    table = module.embed.weight if config.mtp.own_embedding else model.embed.weight
+    for read_D, token in zip(read_TD, tokens_T, strict=True):
+        embedding_D = config.embedding_multiplier * table[token]
+        first_D = plain_norm(embedding_D, module.embedding_norm.weight, epsilon)
+        second_D = plain_norm(read_D, module.state_norm.weight, epsilon)
+        if config.mtp.first == "state":
+            first_D, second_D = second_D, first_D
+        rows.append(module.projection.weight @ torch.cat([first_D, second_D]))
+    raw_TD = plain_block(module.block, config.mtp.blocks[number - 1], epsilon, torch.stack(rows))
+    norms = {"own": lambda: module.norm.weight, "main": lambda: model.norm.weight}
+    if config.mtp.final_norm == "none":
+        return raw_TD, config.logits_multiplier * raw_TD
+    weight_D = norms[config.mtp.final_norm]()
+    return raw_TD, config.logits_multiplier * plain_norm(raw_TD, weight_D, epsilon)
+
+
+def plain_first(model, tokens_T):
+    """What the first module reads."""
+    states = plain_raw_states if model.config.mtp.input == "raw" else plain_states
+    return states(model, tokens_T)
+
+
+def plain_next(model, read_TD, raw_TD, normed_TD):
+    """What the next draft is made from."""
+    return {"normed": normed_TD, "raw": raw_TD, "main": read_TD}[model.config.mtp.carry]
+
+
+def plain_mtp_states(model, tokens_T):
+    """What the head reads at each depth, position by position (DeepSeek-V3, section 2.2)."""
+    read_TD, depths = plain_first(model, tokens_T), []
+    for k in range(1, len(model.mtp) + 1):
+        read_TD = read_TD[: len(tokens_T) - k]
+        raw_TD, normed_TD = plain_module(model, k, read_TD, tokens_T[k:])
+        depths.append(normed_TD)
+        read_TD = plain_next(model, read_TD, raw_TD, normed_TD)
+    return depths

@@ -1,9 +1,13 @@
 """ERNIE-4.5-MoE: neighbours rotated, softmax routing with a selection bias, tied embeddings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from files import REMOVED, tensors_of, write_tensors
 from layouts import fused
+from published import relative_difference, reload
+from tiny import plain_mtp_states
 from torch import Tensor
 from traps import (
     BIAS,
@@ -26,8 +30,10 @@ from traps import (
 
 from checkpoints import CheckpointError, load_model
 from modeling import DenseConfig
+from tools.make_tiny import write_tiny
 
 MODEL_TYPES = ("ernie4_5_moe",)
+MTP_WITHOUT_PEER = True
 ERNIE = {
     "architectures": ["Ernie4_5_MoeForCausalLM"],
     "bos_token_id": 1,
@@ -181,27 +187,43 @@ def test_what_the_family_does_not_have_is_refused(tmp_path, key, value):
     check_refused(tmp_path, f"{key} = {value!r}", ERNIE, **{key: value})
 
 
-MTP = (
-    "model.mtp_block.0.input_layernorm.weight",
-    "model.mtp_block.0.self_attn.q_proj.weight",
-    "model.mtp_block.0.mlp.down_proj.weight",
-    "model.mtp_emb_norm.0.weight",
-    "model.mtp_hidden_norm.0.weight",
-    "model.mtp_linear_proj.0.weight",
-)
+@pytest.mark.parametrize("num_modules", [1, 2])
+@torch.no_grad()
+def test_mtp_modules_are_the_written_equations(tmp_path, num_modules):
+    """A dense block, its state behind the main model's norm; transformers does not know them."""
+    write_tiny("ernie4_5_moe", tmp_path / "tiny", num_nextn_predict_layers=num_modules)
+    model = load_model(tmp_path / "tiny", dtype=torch.float64, progress=False)
+    assert model.config.mtp.final_norm == "main"
+    assert len(model.mtp) == num_modules
+    tokens_BT = random_tokens(9)
+    found, depths = model.mtp_logits(tokens_BT), plain_mtp_states(model, tokens_BT[0])
+    for logits, states_TD in zip(found, depths, strict=True):
+        expected = states_TD @ model.head.weight.T
+        assert relative_difference(logits[0], expected) < 1e-4
+    for wrong in ({"final_norm": "none"}, {"input": "raw"}):
+        model.config = replace(model.config, mtp=replace(model.config.mtp, **wrong))
+        expected = plain_mtp_states(model, tokens_BT[0])[0] @ model.head.weight.T
+        assert relative_difference(found[0][0], expected) > 1e-3
 
 
 @torch.no_grad()
-def test_an_mtp_module_of_its_own_kind_is_left_alone(tmp_path):
-    peer, model = pair(tmp_path, "ernie4_5_moe", SIZES | {"num_nextn_predict_layers": 1})
-    assert model.config.mtp == ()
-    stored = tensors_of(tmp_path)
-    write_tensors(tmp_path, stored | {name: torch.ones(2, 3) for name in MTP})
-    tokens_BT = random_tokens(7)
-    assert load_model(tmp_path, progress=False)(tokens_BT).equal(model(tokens_BT))
-    write_tensors(tmp_path, stored | {"model.mtp.layers.0.weight": torch.ones(2)})
+def test_a_model_with_mtp_modules_is_the_peers_without_them(tmp_path):
+    write_tiny("ernie4_5_moe", tmp_path / "tiny", num_nextn_predict_layers=1)
+    peer, info = reload(tmp_path / "tiny")
+    assert not info["missing_keys"]
+    tokens_BT = random_tokens(9)
+    model = load_model(tmp_path / "tiny", progress=False)
+    assert relative_difference(model(tokens_BT), peer(tokens_BT).logits) < 1e-4
+    stored = tensors_of(tmp_path / "tiny")
+    write_tensors(tmp_path / "tiny", stored | {"model.mtp.layers.0.weight": torch.ones(2)})
     with pytest.raises(CheckpointError, match=r"1 are unexpected \(model.mtp.layers"):
-        load_model(tmp_path, progress=False)
+        load_model(tmp_path / "tiny", progress=False)
+
+
+def test_a_config_that_announces_a_module_which_the_files_lack_loads_without(tmp_path):
+    with pytest.warns(UserWarning, match="announces 1 MTP module"):
+        _, model = pair(tmp_path, "ernie4_5_moe", SIZES | {"num_nextn_predict_layers": 1})
+    assert model.config.mtp.blocks == ()
 
 
 def test_trap_04_neighbours_are_rotated():
