@@ -40,10 +40,10 @@ class FixedCount:
 class MeasuredCount:
     """The number with which tokens have come fastest, 0 if that is without drafts.
 
-    It begins with most and no drafts in turn, for the times; those of other numbers it takes to lie
-    between until it has tried them. Of acceptance it expects the best until it has seen otherwise.
-    Newer drafts count for more, and what is not tried again is slowly forgotten: so after a while
-    it tries more drafts once more, and goes back if the text is still as hard to guess.
+    It begins with two drafts and none in turn, for the times; those of other numbers it takes to
+    lie on a line until it has tried them. Of acceptance it expects a good deal until it has seen
+    otherwise. Newer drafts count for more, and what is not tried again is slowly forgotten: so
+    after a while it tries more drafts once more, and goes back if the text is still as hard.
     """
 
     def __init__(self, most: int = 8) -> None:
@@ -56,7 +56,7 @@ class MeasuredCount:
 
     def next(self) -> int:
         if self.rounds < BEGINNING:
-            return self.most if self.rounds % 2 == 0 else 0
+            return min(2, self.most) if self.rounds % 2 == 0 else 0
         if self.rounds % AGAIN == 0:
             return 0  # as the text grows, so does the time of a plain step
         drafting, forward = self.drafting_seconds, self.forward_seconds
@@ -79,25 +79,28 @@ class MeasuredCount:
             self.accepted[position] = remembered * self.accepted[position] + sum(kept)
 
     def acceptance(self) -> list[float]:
-        """Of each position, as if one more draft had been kept than was."""
+        """Of each position; what is expected counts as much as one draft that was seen."""
         pairs = zip(self.accepted, self.reached, strict=True)
-        return [(accepted + 1) / (reached + 1) for accepted, reached in pairs]
+        return [(accepted + EXPECTED) / (reached + 1) for accepted, reached in pairs]
 
 
 KEPT = 9  # measurements of one time
 BEGINNING = 6  # rounds
 AGAIN = 64  # rounds
+EXPECTED = 0.8  # of acceptance: in the middle of what is reported of trained modules
 NEWER = 0.96  # the weight of what was seen, with each draft seen since
 UNTRIED = 0.996  # and with each round
 
 
 def typical(measured: Mapping[int, Sequence[float]], count: int) -> float:
-    """The median for this number of drafts; if it was not tried, on the line between neighbours."""
+    """The median for this number of drafts; if it was not tried, on the line through neighbours."""
     known = {tried: median(seconds) for tried, seconds in measured.items()}
-    below = max(tried for tried in known if tried <= count)
-    above = min((tried for tried in known if tried >= count), default=below)
-    share = (count - below) / max(1, above - below)
-    return known[below] + share * (known[above] - known[below])
+    if count in known or len(known) == 1:
+        return known.get(count, known[min(known)])
+    above = min((tried for tried in known if tried > count), default=max(known))
+    below = max(tried for tried in known if tried < above)
+    share = (count - below) / (above - below)
+    return known[below] + share * max(0.0, known[above] - known[below])
 
 
 def fastest_count(acceptance: Sequence[float], seconds: Sequence[float]) -> int:

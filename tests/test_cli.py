@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,8 @@ FIGURES = {
     *("prompt", "text", "ids", "total_parameters", "active_parameters", "prompt_tokens"),
     *("prompt_tokens_per_second", "generated_tokens", "generation_tokens_per_second"),
     *("cache_bytes_per_token", "plain_attention_cache_bytes_per_token"),
-    *("drafted_tokens", "accepted_tokens"),
+    *("forwards", "forwards_saved", "drafted_tokens", "accepted_tokens", "mean_accepted_length"),
+    *("drafting_seconds", "verifying_seconds"),
 }
 
 
@@ -118,8 +120,26 @@ def test_json_holds_the_answer_and_its_figures(pristine, command):
     assert answer["prompt"] == PROMPT
     assert len(answer["ids"]) == answer["generated_tokens"] == 12
     assert len(answer["drafted_tokens"]) == len(answer["accepted_tokens"]) == 2
+    assert answer["forwards"] == 12 - sum(answer["accepted_tokens"])
+    assert answer["forwards_saved"] == sum(answer["accepted_tokens"])
+    assert answer["mean_accepted_length"] >= 1
+    assert answer["drafting_seconds"] > 0 < answer["verifying_seconds"]
     plain = command(*generated(pristine(), "--prompt", PROMPT))[1]
     assert plain == PROMPT + answer["text"] + "\n"
+
+
+@pytest.mark.parametrize("draft_tokens", [3, "auto"])
+def test_what_drafts_gained_is_told_position_by_position(pristine, command, draft_tokens):
+    shown = generated(pristine(), "--prompt", PROMPT)
+    _, text, without = command(*shown)
+    code, out, err = command(*shown, "--draft-tokens", draft_tokens)
+    assert (code, out) == (0, text)
+    assert "accepted by position" not in without
+    shares = re.search(r"accepted by position: (.*)", err)[1].split(", ")
+    assert all(re.fullmatch(r"\d+ of \d+ \(\d+ %\)", share) for share in shares)
+    assert len(shares) >= 3
+    assert re.search(r"\d\.\d\d tokens a round; \d+ forwards instead of 12\n", err)
+    assert re.search(r"\d\.\d\d s in drafting, \d\.\d\d s in verifying", err)
 
 
 def test_a_seed_makes_draws_repeatable(pristine, command):
@@ -159,6 +179,7 @@ WRONG_SETTINGS = [
     (("--max-new-tokens", "250"), "256 positions"),
     (("--max-new-tokens", "9" * 30), "256 positions"),
     (("--draft-tokens", "-1"), "draft_tokens"),
+    (("--draft-tokens", "few"), "--draft-tokens"),
     (("--device", "toaster"), "--device toaster: not available here; there is cpu"),
     (("--device", "meta"), "--device meta: not available here"),
     (("--device", ""), "--device"),

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling.draft_count import BEGINNING, FixedCount, MeasuredCount, Round, fastest_count
+from modeling.draft_count import (
+    BEGINNING,
+    FixedCount,
+    MeasuredCount,
+    Round,
+    fastest_count,
+    typical,
+)
 
 shares = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 
@@ -108,9 +115,17 @@ def test_the_prompt_that_the_modules_read_first_does_not_count():
     rule = MeasuredCount()
     for number in range(BEGINNING):
         count = rule.next()
-        assert count == (8 if number % 2 == 0 else 0)
-        rule.observe(Round([count], [count], 1000.0 if number == 0 else 0.1 * count, 1.0))
+        assert count == (2 if number % 2 == 0 else 0)
+        rule.observe(Round([count], [count], 1000.0 if number == 0 else 0.01 * count, 1.0))
     assert rule.next() == 8
+
+
+def test_times_that_were_not_measured_lie_on_a_line():
+    measured = {0: [1.0, 1.2, 1.1], 2: [1.5, 9.0, 1.5], 6: [2.5]}
+    seconds = [typical(measured, count) for count in range(9)]
+    assert seconds == pytest.approx([1.1, 1.3, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0])
+    assert typical({0: [2.0]}, 5) == 2.0
+    assert typical({0: [2.0], 2: [1.0]}, 8) == 2.0  # more drafts never take less
 
 
 def test_shorter_rounds_at_a_texts_end_are_no_surprise():

@@ -10,7 +10,7 @@ import sys
 import warnings
 from typing import NoReturn
 
-from . import chat, convert, describe, generate, make_tiny, probe_mtp, train, verify
+from . import bench, chat, convert, describe, generate, make_tiny, probe_mtp, train, verify
 
 COMMANDS = {
     "generate": generate,
@@ -19,6 +19,7 @@ COMMANDS = {
     "verify": verify,
     "convert": convert,
     "make-tiny": make_tiny,
+    "bench": bench,
     "probe-mtp": probe_mtp,
     "train": train,
 }

@@ -86,6 +86,14 @@ def batch(num_tokens: int, step: int, batch_size: int, length: int, seed: int) -
     return starts_B[:, None] + torch.arange(length)
 
 
+def passages(tokens_N: Tensor, count: int, length: int) -> list[list[int]]:
+    """Evenly spaced pieces of a text."""
+    if len(tokens_N) < length:
+        raise ValueError(f"{len(tokens_N)} tokens of text are too few for passages of {length}")
+    starts = torch.linspace(0, len(tokens_N) - length, count).long().tolist()
+    return [tokens_N[start : start + length].tolist() for start in starts]
+
+
 def packed(tokenizer: Tokenizer, text: str) -> tuple[Tensor, Tensor]:
     """The documents of a text as one stream: its tokens, and the number of each one's document."""
     documents = text.split(DOCUMENT_END)

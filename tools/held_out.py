@@ -12,6 +12,8 @@ from torch import Tensor
 from modeling import Transformer, generate, next_token_loss
 from moe import expert_load, record_routing
 
+from .corpus import passages
+
 NUM_PROMPTS, MAX_PROMPT = 32, 96  # each is continued by as many tokens as it has
 
 
@@ -56,8 +58,7 @@ def draft_acceptance(model: Transformer, tokens_N: Tensor) -> tuple[int, int]:
     """Drafts made and accepted in greedy continuations of evenly spaced passages, one at a time."""
     drafted = accepted = 0
     length = min(MAX_PROMPT, model.config.max_length // 2)
-    for start in torch.linspace(0, len(tokens_N) - length, NUM_PROMPTS).long().tolist():
-        prompt = tokens_N[start : start + length].tolist()
+    for prompt in passages(tokens_N, NUM_PROMPTS, length):
         generation = generate(model, prompt, length, draft_tokens=1)
         for _ in generation:
             pass

@@ -115,6 +115,18 @@ NAMES = {
     "model.layers.27.mlp.shared_experts.gate_proj.weight": [3072, 2560],
     "model.layers.27.mlp.shared_experts.up_proj.weight": [3072, 2560],
     "model.layers.27.mlp.shared_experts.down_proj.weight": [2560, 3072],
+    "model.mtp_emb_norm.0.weight": [2560],
+    "model.mtp_hidden_norm.0.weight": [2560],
+    "model.mtp_linear_proj.0.weight": [2560, 5120],
+    "model.mtp_block.0.input_layernorm.weight": [2560],
+    "model.mtp_block.0.post_attention_layernorm.weight": [2560],
+    "model.mtp_block.0.self_attn.q_proj.weight": [2560, 2560],
+    "model.mtp_block.0.self_attn.k_proj.weight": [512, 2560],
+    "model.mtp_block.0.self_attn.v_proj.weight": [512, 2560],
+    "model.mtp_block.0.self_attn.o_proj.weight": [2560, 2560],
+    "model.mtp_block.0.mlp.gate_proj.weight": [12288, 2560],
+    "model.mtp_block.0.mlp.up_proj.weight": [12288, 2560],
+    "model.mtp_block.0.mlp.down_proj.weight": [2560, 12288],
 }
 SIZES = TINY | {
     "intermediate_size": 92,

@@ -1,0 +1,124 @@
+"""bench: how much faster a model writes with drafts, on this machine and on this kind of text.
+
+Passages of a text are continued greedily with every number of drafts in turn, so that whatever else
+the machine does hits all of them alike. Speed is a ratio to plain decoding of the same passage.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import quantiles
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from checkpoints import load_model, load_tokenizer
+from modeling import GenerationStatistics, Transformer, generate
+
+from .corpus import passages, read_text
+from .generate import DTYPES, draft_tokens, usable_device
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", type=Path, help="checkpoint directory with MTP modules")
+    add("text", type=Path, help="UTF-8 text, plain or .xz, to take passages from")
+    add("--draft-tokens", type=draft_tokens, nargs="+", default=[1, 2, 3, 4, "auto"])
+    add("--passages", type=int, default=16)
+    add("--prompt-tokens", type=int, default=64, help="of each passage")
+    add("--new-tokens", type=int, default=128, help="that each is continued by")
+    add("--device", default="cpu", help="any device torch knows: cpu, cuda, cuda:1, mps ...")
+    add("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    add("--json", action="store_true", help="print one JSON object instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in ("passages", "prompt_tokens", "new_tokens"):
+        least = 2 if name == "passages" else 1
+        if getattr(args, name) < least:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {getattr(args, name)}: must be >= {least}")
+    tokens_N = torch.tensor(load_tokenizer(args.model).encode(read_text(args.text)))
+    prompts = passages(tokens_N, args.passages, args.prompt_tokens)
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    model = load_model(args.model, usable_device(args.device), dtype)
+    counts = [0, *[count for count in args.draft_tokens if count != 0]]
+    runs = measured(model, prompts, args.new_tokens, counts)
+    report = {
+        "passages": len(prompts),
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "runs": [described(count, runs[count], runs[0]) for count in counts],
+    }
+    print(json.dumps(report) if args.json else table(report))
+    return 0
+
+
+Count = int | Literal["auto"]
+Runs = dict[Count, list[GenerationStatistics]]
+
+
+def measured(
+    model: Transformer, prompts: list[list[int]], new_tokens: int, counts: list[Count]
+) -> Runs:
+    """The statistics of every passage with every number of drafts, which take turns."""
+    runs: Runs = {count: [] for count in counts}
+    list(generate(model, prompts[0], min(8, new_tokens)))  # the first one warms up
+    for number, prompt in enumerate(tqdm(prompts, unit="passage", file=sys.stderr, disable=None)):
+        shift = number % len(counts)
+        for count in counts[shift:] + counts[:shift]:
+            generation = generate(model, prompt, new_tokens, draft_tokens=count)
+            for _ in generation:
+                pass
+            runs[count].append(generation.statistics)
+    return runs
+
+
+def described(
+    count: Count, runs: list[GenerationStatistics], plain: list[GenerationStatistics]
+) -> dict[str, Any]:
+    ratios = [
+        other.generation_seconds / own.generation_seconds
+        for own, other in zip(runs, plain, strict=True)
+    ]
+    drafted, accepted = (
+        [sum(position) for position in zip(*(getattr(run, name) for run in runs), strict=True)]
+        for name in ("drafted", "accepted")
+    )
+    seconds = sum(run.generation_seconds for run in runs)
+    return {
+        "draft_tokens": count,
+        "tokens_per_second": round(sum(run.generated_tokens - 1 for run in runs) / seconds, 1),
+        "speed_ratio": round(sum(run.generation_seconds for run in plain) / seconds, 3),
+        "speed_ratio_quartiles": [round(ratio, 3) for ratio in quantiles(ratios, n=4)],
+        "tokens_per_forward": round(
+            sum(run.generated_tokens - 1 for run in runs) / sum(run.forwards - 1 for run in runs), 3
+        ),
+        "acceptance": [round(a / d, 4) for a, d in zip(accepted, drafted, strict=True) if d],
+        "drafting_share": round(sum(run.drafting_seconds for run in runs) / seconds, 3),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = [
+        f"{report['passages']} passages of {report['prompt_tokens']} tokens, each continued by "
+        f"{report['new_tokens']}, greedily",
+        "",
+        "drafts  tokens/s  to plain  (quartiles)     tokens/forward  in drafting  kept by position",
+    ]
+    for row in report["runs"]:
+        low, _, high = row["speed_ratio_quartiles"]
+        shares = ", ".join(f"{100 * share:.0f} %" for share in row["acceptance"])
+        cells = [
+            f"{row['draft_tokens']!s:<6}",
+            f"{row['tokens_per_second']:>8.1f}",
+            f"{row['speed_ratio']:>8.2f}",
+            f"({low:.2f} to {high:.2f})",
+            f"{row['tokens_per_forward']:>14.2f}",
+            f"{100 * row['drafting_share']:>9.0f} %",
+            shares,
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
