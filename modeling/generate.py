@@ -144,7 +144,8 @@ def generate_batch(
 ) -> list[list[int]]:
     """Continue several sequences together; each row equals its own `generate` with these arguments.
 
-    Each row draws its random numbers from its own stream, begun at `seed`.
+    Each row draws its random numbers from its own stream, begun at `seed`. (Only with drafts
+    counted "auto" are a row's draws others than alone; greedy text is the same even so.)
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     rows = [list(prompt) for prompt in prompts]

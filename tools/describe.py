@@ -16,7 +16,15 @@ from checkpoints import (
     read_headers,
     unread_keys,
 )
-from modeling import DenseConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig, Transformer
+from modeling import (
+    DenseConfig,
+    GQAConfig,
+    LayerConfig,
+    MLAConfig,
+    ModelConfig,
+    MTPConfig,
+    Transformer,
+)
 from moe import MoEConfig
 
 
@@ -58,6 +66,7 @@ def description(path: Path) -> dict[str, Any]:
         "of them used per token": counted["active"],
         "used, without the input embedding": counted["active_without_embedding"],
         "parameters of the MTP modules": counted["mtp"],
+        "wiring of the MTP modules": wiring_words(config.mtp),
         "bytes in memory (bfloat16)": 2 * (counted["total"] + counted["mtp"]),
         "cache bytes per token (bfloat16)": growing,
         "cache bytes of all windows": windows,
@@ -99,6 +108,18 @@ def cache_bytes(model: Transformer) -> tuple[int, int]:
             case _:
                 growing += of_one_token.layers[i].nbytes
     return growing, windows
+
+
+def wiring_words(mtp: MTPConfig) -> str:
+    """What `probe-mtp` would vary, and what is not shared with the main model."""
+    if not mtp.blocks:
+        return "none"
+    own = {"embedding": mtp.own_embedding, "head": mtp.own_head}
+    kept = "".join(f"; {name} of its own" for name, there in own.items() if there)
+    return (
+        f"reads {mtp.input} states, hands on {mtp.carry} ones, {mtp.first} first, "
+        f"final norm: {mtp.final_norm}{kept}"
+    )
 
 
 def tokenizer_words(path: Path) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints import load_model, load_tokenizer, read_config
-from modeling import Transformer, mtp_loss, next_token_loss
+from modeling import ModelConfig, Transformer, mtp_loss, next_token_loss
 from moe import (
     expert_load,
     record_routing,
@@ -140,13 +140,7 @@ def run(args: argparse.Namespace) -> int:
     tokens_N, documents_N = packed(tokenizer, training_text)
     held_out_N = torch.tensor(tokenizer.encode(held_out_text))
 
-    model = Transformer(config)
-    model.initialize(args.initial_std, args.seed)
-    stored_dtypes = {} if args.start_from is None else take_over(model, args.start_from)
-    if args.only_mtp:
-        model.requires_grad_(False).mtp.requires_grad_(True)
-    depth_weights(args, len(model.mtp))
-    keep_routers_exact(model.to(device), device)
+    model, stored_dtypes = prepared(config, args, device)
     optimizer = make_optimizer(model, args.weight_decay)
     first_step = 0
     if newest is not None:
@@ -178,6 +172,20 @@ def run(args: argparse.Namespace) -> int:
     report |= held_out_report(written, held_out_N, len(held_out_text.encode()))
     print(json.dumps(report, indent=2))
     return 0
+
+
+def prepared(
+    config: ModelConfig, args: argparse.Namespace, device: torch.device
+) -> tuple[Transformer, dict[str, torch.dtype]]:
+    """The model before its first step, and the dtypes of what it starts from, as `take_over`."""
+    model = Transformer(config)
+    model.initialize(args.initial_std, args.seed)
+    stored_dtypes = {} if args.start_from is None else take_over(model, args.start_from)
+    if args.only_mtp:
+        model.requires_grad_(False).mtp.requires_grad_(True)
+    depth_weights(args, len(model.mtp))
+    keep_routers_exact(model.to(device), device)
+    return model, stored_dtypes
 
 
 def check(args: argparse.Namespace) -> None:

@@ -1,0 +1,71 @@
+"""bench: the same text at every number of drafts, and figures that agree with each other."""
+
+import json
+
+import pytest
+import torch
+from tiny import agreeable, gqa, model_config
+
+from tools.__main__ import main
+from tools.bench import described, measured, table
+from tools.make_tiny import WORDS
+
+
+def test_figures_are_sums_over_the_passages():
+    model, prompts = agreeable(model_config(gqa(), 1)), [[5, 2, 8], [3, 1, 4], [7, 7, 1], [9, 2, 6]]
+    runs = measured(model, prompts, 12, [0, 2, "auto"])
+    assert [len(found) for found in runs.values()] == [4, 4, 4]
+    rows = [described(count, runs[count], runs[0]) for count in runs]
+    for row, found in zip(rows, runs.values(), strict=True):
+        assert all(run.generated_tokens == 12 for run in found)
+        forwards = sum(run.forwards for run in found)
+        assert row["tokens_per_forward"] == round((4 * 12 - 4) / (forwards - 4), 3)
+        seconds = sum(run.generation_seconds for run in found)
+        assert row["tokens_per_second"] == round((4 * 12 - 4) / seconds, 1)
+    plain, two, _ = rows
+    assert (plain["speed_ratio"], plain["tokens_per_forward"], plain["acceptance"]) == (1, 1, [])
+    assert plain["drafting_share"] == 0
+    assert 0 < two["drafting_share"] < 1
+    drafted, kept = (
+        sum(torch.tensor(getattr(run, name)) for run in runs[2]) for name in ("drafted", "accepted")
+    )
+    assert two["acceptance"] == [round(x, 4) for x in (kept / drafted).tolist()]
+    low, middle, high = two["speed_ratio_quartiles"]
+    assert low <= middle <= high
+
+
+@pytest.fixture
+def words(tmp_path):
+    (tmp_path / "words.txt").write_text(WORDS)
+    return tmp_path / "words.txt"
+
+
+SMALL = ("--passages", "2", "--prompt-tokens", "6", "--new-tokens", "5")
+
+
+def test_the_table_and_the_object_show_every_number_of_drafts(pristine, words, capsys):
+    arguments = ["bench", str(pristine()), str(words), *SMALL, "--draft-tokens", "1", "auto"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "2 passages of 6 tokens, each continued by 5" in shown[0]
+    assert [line.split()[0] for line in shown[3:]] == ["0", "1", "auto"]
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["draft_tokens"] for row in report["runs"]] == [0, 1, "auto"]
+    assert table(report).splitlines()[:3] == shown[:3]
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "told"),
+    [
+        ("deepseek_v3", ("--passages", "1"), "--passages 1: must be >= 2"),
+        ("deepseek_v3", ("--prompt-tokens", "9999"), "too few for passages of 9999"),
+        ("deepseek_v3", ("--new-tokens", "9999"), "exceed the model's 256 positions"),
+        ("kimi_k2", (), "needs MTP modules"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(pristine, words, capsys, family, flags, told):
+    assert main(["bench", str(pristine(family)), str(words), *SMALL, *flags]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert told in error
