@@ -67,10 +67,11 @@ class MeasuredCount:
         """Learn from a round that was drafted as `next` said; fewer drafts near a text's end."""
         self.rounds += 1
         count = max(seen.drafted)
-        self.forward_seconds.setdefault(count, deque(maxlen=KEPT)).append(seen.forward_seconds)
-        if self.rounds > 1:  # in the first one the modules read the prompt
-            drafting = self.drafting_seconds.setdefault(count, deque(maxlen=KEPT))
-            drafting.append(seen.drafting_seconds)
+        for measured, seconds in (
+            (self.drafting_seconds, seen.drafting_seconds),
+            (self.forward_seconds, seen.forward_seconds),
+        ):
+            measured.setdefault(count, deque(maxlen=KEPT)).append(seconds)
         for position in range(self.most):
             pairs = zip(seen.drafted, seen.accepted, strict=True)
             kept = [n > position for made, n in pairs if min(made, n + 1) > position]
@@ -85,7 +86,7 @@ class MeasuredCount:
 
 
 KEPT = 9  # measurements of one time
-BEGINNING = 6  # rounds
+BEGINNING = 6  # rounds: in the first the modules read the prompt, which the median passes over
 AGAIN = 64  # rounds
 EXPECTED = 0.8  # of acceptance: in the middle of what is reported of trained modules
 NEWER = 0.96  # the weight of what was seen, with each draft seen since

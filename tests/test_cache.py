@@ -169,6 +169,14 @@ def test_a_row_spread_over_many_is_what_each_would_have_been(window, held):
     assert all(map(torch.equal, whole.buffers, before))
 
 
+def test_a_row_is_not_spread_to_where_its_window_shows_nothing_any_more():
+    cache = WindowCache(1, MAX_LENGTH, WIDTHS, LIKE, window=3, rollback=1)
+    cache.append(*(torch.ones(1, 6, width).double() for width in WIDTHS))
+    assert cache.spread([6, 5]).lengths == [6, 5]
+    with pytest.raises(ValueError, match="row 1 cannot be truncated to 4"):
+        cache.spread([6, 4])
+
+
 @pytest.mark.parametrize("window", [None, 4, 99])
 def test_padding_beside_a_row_that_fills_the_cache_is_never_written(window):
     cache = transformer(model_config(gqa(window=window))).make_cache(2, 8).layers[0]

@@ -111,7 +111,7 @@ def test_it_follows_the_text():
     assert middle[2] >= 6
 
 
-def test_the_prompt_that_the_modules_read_first_does_not_count():
+def test_the_prompt_that_the_modules_read_first_is_passed_over():
     rule = MeasuredCount()
     for number in range(BEGINNING):
         count = rule.next()
