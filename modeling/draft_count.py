@@ -13,6 +13,13 @@ from itertools import accumulate
 from operator import mul
 from statistics import median
 
+KEPT = 9  # measurements of one time
+BEGINNING = 6  # rounds: in the first the modules read the prompt, which the median passes over
+AGAIN = 64  # rounds
+EXPECTED = 0.8  # of acceptance: in the middle of what is reported of trained modules
+NEWER = 0.96  # the weight of what was seen, with each draft seen since
+UNTRIED = 0.996  # and with each round
+
 
 @dataclass(frozen=True)
 class Round:
@@ -83,14 +90,6 @@ class MeasuredCount:
         """Of each position; what is expected counts as much as one draft that was seen."""
         pairs = zip(self.accepted, self.reached, strict=True)
         return [(accepted + EXPECTED) / (reached + 1) for accepted, reached in pairs]
-
-
-KEPT = 9  # measurements of one time
-BEGINNING = 6  # rounds: in the first the modules read the prompt, which the median passes over
-AGAIN = 64  # rounds
-EXPECTED = 0.8  # of acceptance: in the middle of what is reported of trained modules
-NEWER = 0.96  # the weight of what was seen, with each draft seen since
-UNTRIED = 0.996  # and with each round
 
 
 def typical(measured: Mapping[int, Sequence[float]], count: int) -> float:

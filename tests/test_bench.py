@@ -20,8 +20,8 @@ def test_figures_are_sums_over_the_passages():
         assert all(run.generated_tokens == 12 for run in found)
         forwards = sum(run.forwards for run in found)
         assert row["tokens_per_forward"] == round((4 * 12 - 4) / (forwards - 4), 3)
-        seconds = sum(run.generation_seconds for run in found)
-        assert row["tokens_per_second"] == round((4 * 12 - 4) / seconds, 1)
+        speeds = sorted(run.generation_tokens_per_second for run in found)
+        assert row["tokens_per_second"] == pytest.approx(sum(speeds[1:3]) / 2, abs=0.06)
     plain, two, _ = rows
     assert (plain["speed_ratio"], plain["tokens_per_forward"], plain["acceptance"]) == (1, 1, [])
     assert plain["drafting_share"] == 0
@@ -30,8 +30,8 @@ def test_figures_are_sums_over_the_passages():
         sum(torch.tensor(getattr(run, name)) for run in runs[2]) for name in ("drafted", "accepted")
     )
     assert two["acceptance"] == [round(x, 4) for x in (kept / drafted).tolist()]
-    low, middle, high = two["speed_ratio_quartiles"]
-    assert low <= middle <= high
+    low, high = two["speed_ratio_quartiles"]
+    assert low <= two["speed_ratio"] <= high
 
 
 @pytest.fixture
