@@ -23,19 +23,21 @@ class Drafter:
     rests on drafted tokens is cut off again. States that a module has not made such entries of
     yet wait for it: of the newest token, and of rounds in which it did not draft. Drafts beyond
     the number of modules come from the last one, fed its own state and draft.
+
+    most: how many drafts are ever asked for at once.
     """
 
     def __init__(
         self,
         model: Transformer,
         capacity: int,
-        rollback: int,
+        most: int,
         sampling: Sampling,
         random: Sequence[RandomStream],
     ) -> None:
-        self.model, self.modules = model, model.mtp_modules
+        self.model, self.modules = model, model.mtp_modules[:most]
         self.sampling, self.random = sampling, random
-        self.caches = model.make_mtp_caches(len(random), capacity, rollback)
+        self.caches = model.make_mtp_caches(len(random), capacity, rollback=most)[:most]
         # per module, per row: pieces of one (n, D)
         self.waiting: list[list[list[Tensor]]] = [[[] for _ in random] for _ in self.modules]
 
@@ -62,22 +64,35 @@ class Drafter:
                 read[row] = torch.cat([*waiting, handed[row]])
             starts = self.caches[number - 1].lengths
             left, following = self.run(number, read, known)
-            for row in going:
-                logits_V = self.model.logits(left[row][-1], self.modules[number - 1])
+            last_nD = torch.stack([left[row][-1] for row in going])
+            logits_nV = self.model.logits(last_nD, self.modules[number - 1])
+            for row, logits_V in zip(going, logits_nV, strict=True):
                 drafts[row].append(self.sampling.draft(logits_V, self.random[row]))
                 known[row].append(drafts[row][-1].token)
-                handed[row] = following[row][-1:]
                 if depth == number:
                     lasting = max(0, len(tokens[row]) - number - starts[row])
-                    waited = sum(map(len, self.waiting[number - 1][row]))
-                    self.waiting[number - 1][row] = [read[row][lasting:waited]]
-                    if number < len(self.modules):
-                        self.waiting[number][row].append(following[row][:lasting])
-                        handed[row] = following[row][lasting:]
+                    handed[row] = self.settled(number, row, read[row], following[row], lasting)
+                else:
+                    handed[row] = following[row]
         for number, cache in enumerate(self.caches[: max(counts)], start=1):
             pairs = zip(cache.lengths, tokens, strict=True)
             cache.truncate([min(held, max(0, len(row) - number)) for held, row in pairs])
         return drafts
+
+    def settled(
+        self, number: int, row: int, read_nD: Tensor, following_nD: Tensor, lasting: int
+    ) -> Tensor:
+        """Let wait what modules will read again, of what this one has read and hands on.
+
+        lasting: at how many positions what it has read rests on no draft, nor its token.
+        Returns what the next depth reads besides.
+        """
+        waited = sum(map(len, self.waiting[number - 1][row]))
+        self.waiting[number - 1][row] = [read_nD[lasting:waited]]
+        if number == len(self.modules):
+            return following_nD[-1:]
+        self.waiting[number][row].append(following_nD[:lasting])
+        return following_nD[lasting:]
 
     def run(
         self, number: int, read: list[Tensor], known: list[list[int]]

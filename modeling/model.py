@@ -128,6 +128,7 @@ class Transformer(nn.Module):
         return self.states(x_BTD, self.norm)
 
     def states(self, x_BTD: Tensor, norm: nn.Module) -> States:
+        """What a last block leaves, with what the head reads of it."""
         # the head is linear: what scales its input scales the logits, in the loss as well
         return States(x_BTD, norm(x_BTD) * self.config.logits_multiplier)
 
