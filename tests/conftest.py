@@ -3,12 +3,15 @@
 import shutil
 
 import pytest
+import torch
 from hypothesis import settings
 
 from tools.make_tiny import write_tiny
 
 settings.register_profile("quick", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("quick")
+# a second thread does not help models this small, and waits for the first where cores are busy
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def prompts_of(count: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(23, (n,), generator=generator).tolist() for n in lengths]
 
 
-PROMPTS = prompts_of(12)
+PROMPTS = prompts_of(9)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def rounds(monkeypatch):
 
 @cache
 def plain_texts(kind: str, num_modules: int) -> list[list[int]]:
-    return [list(generate(MODELS[kind, num_modules], prompt, 20)) for prompt in PROMPTS]
+    return [list(generate(MODELS[kind, num_modules], prompt, 16)) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 2, 3, 4, 8])
@@ -87,15 +87,15 @@ def test_greedy_text_is_that_of_plain_decoding(kind, num_modules, draft_tokens):
     model, kept, made = MODELS[kind, num_modules], 0, 0
     plain = plain_texts(kind, num_modules)
     for prompt, expected in zip(PROMPTS, plain, strict=True):
-        generation = generate(model, prompt, 20, draft_tokens=draft_tokens)
+        generation = generate(model, prompt, 16, draft_tokens=draft_tokens)
         assert list(generation) == expected
         kept += sum(generation.statistics.accepted)
         made += sum(generation.statistics.drafted)
-    assert kept > 15
+    assert kept > 8
     assert made - kept > 5
-    for rows in (PROMPTS[:4], PROMPTS[4:]):
+    for rows in (PROMPTS[:3], PROMPTS[3:]):
         expected = [plain[PROMPTS.index(prompt)] for prompt in rows]
-        assert generate_batch(model, rows, 20, draft_tokens=draft_tokens) == expected
+        assert generate_batch(model, rows, 16, draft_tokens=draft_tokens) == expected
 
 
 @pytest.mark.parametrize("wiring", WIRINGS, ids=str)
@@ -112,7 +112,7 @@ def test_greedy_text_is_that_of_plain_decoding_under_every_wiring(wiring, num_mo
 @pytest.mark.parametrize("num_modules", [1, 2])
 def test_a_stop_id_among_kept_drafts_ends_the_text_there(num_modules, draft_tokens, rounds):
     model, inside = MODELS["mla", num_modules], 0
-    for prompt in PROMPTS[:8]:
+    for prompt in PROMPTS[:6]:
         plain = list(generate(model, prompt, 20))
         for stop in set(plain):
             rounds.clear()
@@ -122,7 +122,7 @@ def test_a_stop_id_among_kept_drafts_ends_the_text_there(num_modules, draft_toke
             for (before,), (drafted,) in rounds[-1:]:  # none where the first token is the stop id
                 ahead = (prompt + expected)[len(before) :]
                 inside += drafted[: len(ahead) + 1] == [*ahead, stop]
-    assert inside >= 3
+    assert inside >= 2
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 3, 8])
@@ -298,14 +298,13 @@ def small_model(num_modules: int, vocab_size: int = 3, seed: int = 1):
         ({}, 1, 1, 3),
         ({}, 1, 2, 4),
         ({}, 2, 2, 4),
-        ({}, 2, 3, 4),
         ({"temperature": 0.6}, 1, 3, 3),
         ({"temperature": 2.5}, 1, 2, 3),
-        ({"top_k": 2}, 1, 2, 4),
-        ({"top_p": 0.7}, 1, 2, 4),
-        ({"min_p": 0.4}, 1, 2, 4),
+        ({"top_k": 2}, 1, 2, 3),
+        ({"top_p": 0.7}, 1, 2, 3),
+        ({"min_p": 0.4}, 1, 2, 3),
         ({"top_k": 2, "top_p": 0.9, "min_p": 0.1, "temperature": 1.4}, 1, 2, 4),
-        ({"stop_ids": [1]}, 1, 2, 4),
+        ({"stop_ids": [1]}, 1, 2, 3),
         ({"stop_ids": [0, 2]}, 2, 2, 4),
     ],
 )
@@ -335,8 +334,8 @@ def test_rows_of_a_batch_are_sampled_independently(monkeypatch):
 
 
 def test_texts_drawn_with_fixed_seeds_pass_a_chi_square_test():
-    """End to end with real random numbers: 1,500 texts of 3 tokens, out of 64."""
-    model, prompt, draws = small_model(1, vocab_size=4), [2, 0, 1], 1500
+    """End to end with real random numbers: 1,000 texts of 3 tokens, out of 64."""
+    model, prompt, draws = small_model(1, vocab_size=4), [2, 0, 1], 1000
     expected = exact(model, prompt, 3, Sampling(temperature=1.0))
     counts = dict.fromkeys(expected, 0)
     for seed in range(draws):
@@ -374,16 +373,16 @@ def tales():
 
 def test_the_shipped_model_tells_the_same_tales_with_drafts(tales):
     model = load_model(SHIPPED, dtype=torch.float64, progress=False)
-    plain = generate_batch(model, tales, 40)
+    plain = generate_batch(model, tales, 30)
     (full_stop,) = load_tokenizer(SHIPPED).encode(".")
     until_stop = [row[: row.index(full_stop)] if full_stop in row else row for row in plain]
     assert until_stop != plain
     for draft_tokens in (1, 3, 8):
-        found = [generate(model, tale, 40, draft_tokens=draft_tokens) for tale in tales[:4]]
-        assert [list(generation) for generation in found] == plain[:4]
-        assert all(generation.statistics.forwards_saved > 8 for generation in found)
+        found = [generate(model, tale, 30, draft_tokens=draft_tokens) for tale in tales[:3]]
+        assert [list(generation) for generation in found] == plain[:3]
+        assert all(generation.statistics.forwards_saved > 6 for generation in found)
         settings = {"draft_tokens": draft_tokens, "stop_ids": [full_stop]}
-        assert generate_batch(model, tales, 40, **settings) == until_stop
+        assert generate_batch(model, tales, 30, **settings) == until_stop
 
 
 @torch.no_grad()
@@ -395,9 +394,9 @@ def test_in_bfloat16_texts_part_at_near_ties_only(tales):
     exact_model = load_model(SHIPPED, dtype=torch.float32, progress=False)
     parted = []
     for tale in tales:
-        plain = list(generate(rounded, tale, 60))
+        plain = list(generate(rounded, tale, 55))
         for draft_tokens in (1, 3):
-            drafted = list(generate(rounded, tale, 60, draft_tokens=draft_tokens))
+            drafted = list(generate(rounded, tale, 55, draft_tokens=draft_tokens))
             differing = [i for i, (a, b) in enumerate(zip(plain, drafted, strict=True)) if a != b]
             for i in differing[:1]:
                 text = torch.tensor([tale + plain[:i]])
