@@ -53,7 +53,7 @@ class MeasuredCount:
     after a while it tries more drafts once more, and goes back if the text is still as hard.
     """
 
-    def __init__(self, most: int = 8) -> None:
+    def __init__(self, most: int) -> None:
         self.most = most
         self.rounds = 0
         self.reached = [0.0] * most  # times that all drafts before this position were kept

@@ -124,8 +124,8 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     statistics = GenerationStatistics()
     prompts = [list(prompt_ids)]
-    check(model, prompts, max_new_tokens, draft_tokens)
-    rule = rule_for(draft_tokens)
+    check(model, prompts, max_new_tokens, draft_tokens, seed)
+    rule = rule_for(draft_tokens, max_new_tokens)
     rounds = decode(model, prompts, max_new_tokens, sampling, seed, set(stop_ids), rule, statistics)
     return Generation(rounds, statistics)
 
@@ -149,10 +149,10 @@ def generate_batch(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     rows = [list(prompt) for prompt in prompts]
-    check(model, rows, max_new_tokens, draft_tokens)
+    check(model, rows, max_new_tokens, draft_tokens, seed)
     texts: list[list[int]] = [[] for _ in rows]
     statistics = GenerationStatistics()
-    rule = rule_for(draft_tokens)
+    rule = rule_for(draft_tokens, max_new_tokens)
     rounds = decode(model, rows, max_new_tokens, sampling, seed, set(stop_ids), rule, statistics)
     for new in rounds:
         for text, tokens in zip(texts, new, strict=True):
@@ -165,8 +165,11 @@ def check(
     prompts: list[list[int]],
     max_new_tokens: int,
     draft_tokens: int | str,
+    seed: int | None,
 ) -> None:
     """Refuse what cannot be generated, before any work is done."""
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed = {seed}: must be a number of 64 bits")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: must be >= 0")
     if draft_tokens != "auto" and not (isinstance(draft_tokens, int) and draft_tokens >= 0):
@@ -192,8 +195,13 @@ def check(
             )
 
 
-def rule_for(draft_tokens: int | Literal["auto"]) -> FixedCount | MeasuredCount:
-    return MeasuredCount() if draft_tokens == "auto" else FixedCount(draft_tokens)
+def rule_for(
+    draft_tokens: int | Literal["auto"], max_new_tokens: int
+) -> FixedCount | MeasuredCount:
+    most = max(0, max_new_tokens - 1)  # the prompt gives the first token
+    if draft_tokens == "auto":
+        return MeasuredCount(min(8, most))
+    return FixedCount(min(draft_tokens, most))
 
 
 @dataclass
@@ -228,7 +236,7 @@ class Row:
 
     @property
     def kept(self) -> int:
-        """How many of the drafts became part of the text."""
+        """How many of the drafts became part of the text; a stop id never does."""
         pairs = zip(self.drafts, self.gained, strict=False)
         return len(list(takewhile(lambda pair: pair[0].token == pair[1], pairs)))
 
@@ -289,7 +297,10 @@ def looked_at(model: Transformer, rows: list[Row], cache: Cache) -> tuple[States
     the drafts.
     """
     pairs = zip(rows, cache.lengths, strict=True)
-    fed = [row.tokens[held:] + [draft.token for draft in row.drafts] for row, held in pairs]
+    fed = [
+        [] if row.finished else row.tokens[held:] + [draft.token for draft in row.drafts]
+        for row, held in pairs
+    ]
     states = model.hidden_states(padded(fed, model), cache, [len(tokens) for tokens in fed])
     deciding = [
         state_TD[max(0, len(tokens) - len(row.drafts) - 1) : len(tokens)]

@@ -63,7 +63,8 @@ class Sampling:
 
         In float64 on the CPU, so that p / q and p - q below are not made of rounding errors.
         """
-        logits_V = checked(logits_V).cpu().double() / self.temperature
+        logits_V = checked(logits_V).cpu().double()
+        logits_V = (logits_V - logits_V.max()) / self.temperature
         if self.top_k is not None and self.top_k < len(logits_V):
             logits_V = logits_V.where(logits_V >= logits_V.topk(self.top_k).values[-1], -torch.inf)
         probability_V = logits_V.softmax(dim=-1)

@@ -30,7 +30,12 @@ def test_figures_are_sums_over_the_passages():
         sum(torch.tensor(getattr(run, name)) for run in runs[2]) for name in ("drafted", "accepted")
     )
     assert two["acceptance"] == [round(x, 4) for x in (kept / drafted).tolist()]
+    ratios = [
+        own.generation_tokens_per_second / other.generation_tokens_per_second
+        for own, other in zip(runs[2], runs[0], strict=True)
+    ]
     low, high = two["speed_ratio_quartiles"]
+    assert min(ratios) - 1e-3 < low < high < max(ratios) + 1e-3
     assert low <= two["speed_ratio"] <= high
 
 
@@ -44,7 +49,8 @@ SMALL = ("--passages", "2", "--prompt-tokens", "6", "--new-tokens", "5")
 
 
 def test_the_table_and_the_object_show_every_number_of_drafts(pristine, words, capsys):
-    arguments = ["bench", str(pristine()), str(words), *SMALL, "--draft-tokens", "1", "auto"]
+    counts = ["--draft-tokens", "1", "auto", "1"]  # one is enough
+    arguments = ["bench", str(pristine()), str(words), *SMALL, *counts]
     assert main(arguments) == 0
     shown = capsys.readouterr().out.splitlines()
     assert "2 passages of 6 tokens, each continued by 5" in shown[0]
@@ -59,6 +65,7 @@ def test_the_table_and_the_object_show_every_number_of_drafts(pristine, words, c
     ("family", "flags", "told"),
     [
         ("deepseek_v3", ("--passages", "1"), "--passages 1: must be >= 2"),
+        ("deepseek_v3", ("--new-tokens", "1"), "--new-tokens 1: must be >= 2"),
         ("deepseek_v3", ("--prompt-tokens", "9999"), "too few for passages of 9999"),
         ("deepseek_v3", ("--new-tokens", "9999"), "exceed the model's 256 positions"),
         ("kimi_k2", (), "needs MTP modules"),

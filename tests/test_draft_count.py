@@ -88,19 +88,19 @@ WORLDS = {
 @pytest.mark.parametrize("name", WORLDS)
 def test_the_measured_number_comes_near_the_best_one(name):
     world = World(**WORLDS[name])
-    _, speed = drafted_by(MeasuredCount(), world, 400)
+    _, speed = drafted_by(MeasuredCount(8), world, 400)
     assert speed > 0.93 * max(world.speed(count) for count in range(9))
 
 
 @pytest.mark.parametrize("name", ["hard text", "drafts that cost a step"])
 def test_it_falls_back_to_none_where_drafting_does_not_pay(name):
-    chosen, speed = drafted_by(MeasuredCount(), World(**WORLDS[name]), 400)
+    chosen, speed = drafted_by(MeasuredCount(8), World(**WORLDS[name]), 400)
     assert chosen[BEGINNING:].count(0) > 360
     assert speed > 0.93  # plain decoding gives 1
 
 
 def test_it_follows_the_text():
-    rule = MeasuredCount()
+    rule = MeasuredCount(8)
     easy, hard = World(0.95, 0.05, 0.02), World(0.03, 0.05, 0.02)
     first, _ = drafted_by(rule, easy, 150)
     second, _ = drafted_by(rule, hard, 200)
@@ -112,7 +112,7 @@ def test_it_follows_the_text():
 
 
 def test_the_prompt_that_the_modules_read_first_is_passed_over():
-    rule = MeasuredCount()
+    rule = MeasuredCount(8)
     for number in range(BEGINNING):
         count = rule.next()
         assert count == (2 if number % 2 == 0 else 0)
@@ -129,7 +129,7 @@ def test_times_that_were_not_measured_lie_on_a_line():
 
 
 def test_shorter_rounds_at_a_texts_end_are_no_surprise():
-    rule = MeasuredCount()
+    rule = MeasuredCount(8)
     for count in (8, 0, 8, 0, 3, 0, 2, 1, 0):
         rule.next()
         rule.observe(Round([count, min(count, 1)], [count, 0], 0.1 * count, 1.0))

@@ -153,6 +153,14 @@ def test_the_stop_id_costs_plain_decoding_a_forward_too():
     assert generation.statistics.forwards_without_drafts == len(shorter) + 1
 
 
+def test_drafts_that_no_room_is_left_for_cost_nothing():
+    model = MODELS["mla", 2]
+    for count in (1, 2, 5):
+        generation = generate(model, [5, 2, 8], count, draft_tokens=10**12)
+        assert list(generation) == list(generate(model, [5, 2, 8], count))
+        assert len(generation.statistics.drafted) == count - 1
+
+
 def test_a_greedy_run_draws_no_random_numbers():
     before = torch.random.get_rng_state()
     list(generate(MODELS["mla", 1], [1, 2], 5, draft_tokens=2))
@@ -183,6 +191,7 @@ def test_nothing_to_do_gives_nothing():
         ({"draft_tokens": "many"}, "draft_tokens = many"),
         ({"draft_tokens": 1.5}, "draft_tokens = 1.5"),
         ({"temperature": -0.5}, "temperature = -0.5"),
+        ({"seed": 2**64}, "seed = 18446744073709551616: must be a number of 64 bits"),
         ({"top_p": 0.0}, "top_p = 0.0"),
     ],
 )

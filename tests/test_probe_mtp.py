@@ -104,6 +104,14 @@ def test_a_wiring_that_is_not_the_best_is_told_with_the_keys_to_write(text, tmp_
     assert '"mtp_carry": "normed"' in err
 
 
+def test_what_one_draft_cannot_tell_apart_is_not_advised(text, tmp_path, capsys):
+    shutil.copytree(SHIPPED, tmp_path / "model")
+    edit_json(tmp_path / "model" / "config.json", mtp_carry="main")
+    arguments = (tmp_path / "model", text, "--dtype", "float32", "--draft-tokens", 1)
+    code, _, err = probed(capsys, *arguments)
+    assert (code, err) == (0, "")
+
+
 def test_a_head_that_was_not_loaded_is_noticed(pristine, tmp_path, capsys):
     (tmp_path / "words.txt").write_text(WORDS)
     code, _, err = probed(capsys, pristine(), tmp_path / "words.txt")
@@ -117,6 +125,7 @@ def test_a_head_that_was_not_loaded_is_noticed(pristine, tmp_path, capsys):
         ("kimi_k2", WORDS, (), "has no MTP modules to probe"),
         ("deepseek_v3", "A", (), "at least 6 needed"),
         ("deepseek_v3", WORDS, ("--draft-tokens", "0"), "--draft-tokens 0: must be >= 1"),
+        ("deepseek_v3", WORDS, ("--piece", "5"), "pieces of 5 tokens are too short: at least 6"),
         ("deepseek_v3", WORDS, ("--max-tokens", "-1"), "--max-tokens -1: must be >= 1"),
         ("deepseek_v3", WORDS, ("--device", "abacus"), "--device abacus"),
         ("deepseek_v3", None, (), "missing.txt"),

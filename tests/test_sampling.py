@@ -29,6 +29,12 @@ def test_temperature_divides_the_logits(logits, temperature):
     assert found_V.tolist() == pytest.approx(plain_probabilities(logits, temperature), abs=1e-9)
 
 
+def test_next_to_no_temperature_leaves_the_likeliest():
+    for temperature in (1e-300, 1e-310, 5e-324):
+        found_V = Sampling(temperature=temperature).probabilities(torch.tensor([0.1, 3.0, -2.0]))
+        assert found_V.tolist() == [0, 1, 0]
+
+
 def test_each_filter_keeps_what_it_says():
     logits = [float(x) for x in torch.tensor([0.5, 0.3, 0.15, 0.05]).log()]
     assert kept(logits, top_k=2) == {0, 1}

@@ -13,7 +13,7 @@ from checkpoints import load_model, load_tokenizer
 from moe import MoEConfig, Router
 from tools import corpus, held_out, training_state
 from tools.__main__ import main
-from tools.make_tiny import CONFIGS
+from tools.make_tiny import CONFIGS, write_tiny
 from tools.train import (
     add_arguments,
     depth_weights,
@@ -42,7 +42,8 @@ def few_prompts(monkeypatch):
 
 
 def train(paths, out: str, *flags: str, steps: int = 6) -> int:
-    fixed = ["--text", paths / "text.txt", "--config", paths / "config.json", "--out", paths / out]
+    fixed = ["--text", paths / "text.txt", "--out", paths / out]
+    fixed += [] if "--start-from" in flags else ["--config", paths / "config.json"]
     fixed += ["--steps", steps, "--batch-size", 2, "--sequence-length", 24, "--warm-up-steps", 2]
     fixed += ["--save-every", 2, "--hold-out", 1, "--learning-rate", 0.01]
     return main(["train", *map(str, fixed), *flags])
@@ -127,6 +128,37 @@ def test_going_on_from_a_model_trains_all_of_it(paths, base):
     log = [json.loads(line) for line in (paths / "further" / "log.jsonl").open()]
     begun = [json.loads(line) for line in (paths / "base" / "log.jsonl").open()]
     assert log[0]["loss"] < 0.8 * begun[0]["loss"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--only-mtp",)])
+def test_a_model_whose_head_is_its_embedding_trains_too(paths, base, tmp_path, flags):
+    tied = tmp_path / "tied"
+    write_tiny("deepseek_v3", tied, tie_word_embeddings=True)
+    out = f"tied{len(flags)}"
+    more = ("--start-from", str(tied), *flags)
+    assert train(paths, out, *more, steps=2) == 0
+    assert train(paths, out, *more, "--resume", steps=4) == 0
+    model = load_model(paths / out / "model", progress=False)
+    assert model.head.weight is model.embed.weight
+    before = load_model(tied, progress=False)
+    assert model.embed.weight.equal(before.embed.weight) == bool(flags)
+
+
+def test_modules_of_a_model_without_any_are_refused(paths, tmp_path, capsys):
+    write_tiny("deepseek_v3", tmp_path / "none", num_nextn_predict_layers=0)
+    more = ("--start-from", str(tmp_path / "none"), "--only-mtp")
+    assert train(paths, "none", *more) == 2
+    assert "there are no MTP modules" in capsys.readouterr().err
+    assert not (paths / "none").exists()
+
+
+def test_a_short_held_out_text_is_enough(paths, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text((paths / "text.txt").read_text() + "\n\n\nOnce upon a time")
+    assert train(paths, "short", "--text", str(tmp_path / "text.txt"), steps=1) == 0
+    assert json.loads(capsys.readouterr().out)["held_out_bits_per_byte"] > 0
+    (tmp_path / "text.txt").write_text((paths / "text.txt").read_text() + "\n\n\n")
+    assert train(paths, "empty", "--text", str(tmp_path / "text.txt"), steps=1) == 2
+    assert "too few to judge by" in capsys.readouterr().err
 
 
 def test_no_module_is_asked_for_a_token_of_another_document(base):

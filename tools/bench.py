@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     for name in ("passages", "prompt_tokens", "new_tokens"):
-        least = 2 if name == "passages" else 1
+        least = 1 if name == "prompt_tokens" else 2
         if getattr(args, name) < least:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {getattr(args, name)}: must be >= {least}")
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = passages(tokens_N, args.passages, args.prompt_tokens)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model = load_model(args.model, usable_device(args.device), dtype)
-    counts = [0, *[count for count in args.draft_tokens if count != 0]]
+    counts: list[Count] = list(dict.fromkeys([0, *args.draft_tokens]))
     runs = measured(model, prompts, args.new_tokens, counts)
     report = {
         "passages": len(prompts),
@@ -84,7 +84,7 @@ def described(
         own.generation_tokens_per_second / other.generation_tokens_per_second
         for own, other in zip(runs, plain, strict=True)
     ]
-    low, middle, high = quantiles(ratios, n=4)
+    low, middle, high = quantiles(ratios, n=4, method="inclusive")
     drafted, accepted = (
         [sum(position) for position in zip(*(getattr(run, name) for run in runs), strict=True)]
         for name in ("drafted", "accepted")

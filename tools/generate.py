@@ -60,7 +60,10 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def draft_tokens(text: str) -> int | str:
-    return "auto" if text == "auto" else int(text)
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def run(args: argparse.Namespace) -> int:

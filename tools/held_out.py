@@ -57,7 +57,7 @@ def bits_per_byte(model: Transformer, tokens_N: Tensor, num_bytes: int) -> float
 def draft_acceptance(model: Transformer, tokens_N: Tensor) -> tuple[int, int]:
     """Drafts made and accepted in greedy continuations of evenly spaced passages, one at a time."""
     drafted = accepted = 0
-    length = min(MAX_PROMPT, model.config.max_length // 2)
+    length = min(MAX_PROMPT, model.config.max_length // 2, len(tokens_N))
     for prompt in passages(tokens_N, NUM_PROMPTS, length):
         generation = generate(model, prompt, length, draft_tokens=1)
         for _ in generation:

@@ -58,15 +58,23 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.model, usable_device(args.device), dtype)
     if not model.mtp:
         raise ValueError(f"{args.model}: has no MTP modules to probe")
-    piece = min(args.piece, model.config.max_length)
+    piece, own = min(args.piece, model.config.max_length), model.config.mtp
+    if piece < least:
+        raise ValueError(f"pieces of {piece} tokens are too short: at least {least} needed")
     results = probe(model, tokens_N, args.draft_tokens, piece)
-    best = max(results, key=lambda result: result.tokens_per_forward)
-    warn(results, best, model.config.mtp)
+
+    def worth(result: Result) -> tuple[float, bool, bool]:
+        """Of equals the one that is used, or that changes less."""
+        wiring = result.wiring
+        return result.tokens_per_forward, wiring == own, wiring.carry == own.carry
+
+    best = max(results, key=worth)
+    warn(results, best, own)
     report = {
         "tokens": len(tokens_N),
         "piece": piece,
         "modules": len(model.mtp),
-        "wirings": [described(result, best, model.config.mtp) for result in results],
+        "wirings": [described(result, best, own) for result in results],
     }
     print(json.dumps(report) if args.json else table(report))
     return 0

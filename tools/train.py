@@ -4,10 +4,11 @@ One step: next-token loss + MTP loss + a small sequence-wise balance loss, AdamW
 auxiliary-loss-free update of every router's selection bias (MTP modules included). Documents are
 packed one behind the other and may see each other (DeepSeek-V3, section 4.1), but no MTP module is
 asked for a token of another document. With --only-mtp the modules are trained on a model that stays
-as it is. The learning
-rate warms up, stays, and falls linearly to zero over the last steps. A run can be given another
-end from any checkpoint before its fall, and a finished one can be lengthened: its learning rate
-then rises again and falls once more.
+as it is.
+
+The learning rate warms up, stays, and falls linearly to zero over the last steps. A run can be
+given another end from any checkpoint before its fall, and a finished one can be lengthened: its
+learning rate then rises again and falls once more.
 
 A run resumes bit for bit: what a step sees is a function of (seed, step) alone, and a checkpoint
 holds everything else.
@@ -28,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints import load_model, load_tokenizer, read_config
-from modeling import ModelConfig, Transformer, mtp_loss, next_token_loss
+from modeling import Transformer, mtp_loss, next_token_loss
 from moe import (
     expert_load,
     record_routing,
@@ -124,23 +125,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check(args)
     device = usable_device(args.device)
-    config = read_config(args.config or args.start_from)
     settings, schedule = comparable(args), (args.steps - args.decay_steps, args.steps)
     newest = next(reversed(checkpoints_in(args.out)), None)
     if newest is not None and not args.resume:
         raise ValueError(f"{args.out}: holds {newest.name}; add --resume, or choose another --out")
     if newest is None and args.resume:
         raise ValueError(f"{args.out}: holds no checkpoint to resume from")
+    model, stored_dtypes = prepared(args, device)
     args.out.mkdir(parents=True, exist_ok=True)
     training_text, held_out_text = hold_out(read_text(args.text), args.hold_out)
     if args.start_from is None:
-        tokenizer = vocabulary(args.out, training_text, config.vocab_size)
+        tokenizer = vocabulary(args.out, training_text, model.config.vocab_size)
     else:
         tokenizer = load_tokenizer(args.start_from)
     tokens_N, documents_N = packed(tokenizer, training_text)
-    held_out_N = torch.tensor(tokenizer.encode(held_out_text))
-
-    model, stored_dtypes = prepared(config, args, device)
+    held_out_N, _ = packed(tokenizer, held_out_text)
+    if len(held_out_N) < 4:
+        raise ValueError(f"{args.text}: {len(held_out_N)} tokens are held out: too few to judge by")
     optimizer = make_optimizer(model, args.weight_decay)
     first_step = 0
     if newest is not None:
@@ -175,13 +176,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prepared(
-    config: ModelConfig, args: argparse.Namespace, device: torch.device
+    args: argparse.Namespace, device: torch.device
 ) -> tuple[Transformer, dict[str, torch.dtype]]:
     """The model before its first step, and the dtypes of what it starts from, as `take_over`."""
-    model = Transformer(config)
+    if args.start_from is None:
+        there, config = None, read_config(args.config)
+    else:
+        there = load_model(args.start_from)
+        config = there.config if args.config is None else read_config(args.config)
+    model, stored_dtypes = Transformer(config), {}
     model.initialize(args.initial_std, args.seed)
-    stored_dtypes = {} if args.start_from is None else take_over(model, args.start_from)
+    if there is not None:
+        stored_dtypes = take_over(model, there, args.start_from)
     if args.only_mtp:
+        if not model.mtp:
+            raise ValueError("--only-mtp: there are no MTP modules; give a --config that has some")
         model.requires_grad_(False).mtp.requires_grad_(True)
     depth_weights(args, len(model.mtp))
     keep_routers_exact(model.to(device), device)

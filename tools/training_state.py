@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints import Tokenizer, companions, load_model, load_tokenizer, save_model
+from checkpoints import Tokenizer, companions, load_tokenizer, own_state, save_model
 from modeling import Transformer
 
 from .corpus import train_vocabulary
@@ -46,7 +46,7 @@ def save_checkpoint(
     partial, final = out / f"step-{step}.partial", out / f"step-{step}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    save_file(dict(model.state_dict()), partial / "weights.safetensors")
+    save_file(own_state(model), partial / "weights.safetensors")
     moments = {
         f"{index}.{name}": value
         for index, state in optimizer.state_dict()["state"].items()
@@ -88,7 +88,10 @@ def restore(
         if settings.get(name) != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{checkpoint}: made with {flag} {value}, not {settings.get(name)}")
-    model.load_state_dict(load_file(checkpoint / "weights.safetensors"))
+    weights = load_file(checkpoint / "weights.safetensors")
+    if model.config.tied_embeddings:
+        weights["head.weight"] = weights["embed.weight"]
+    model.load_state_dict(weights)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in load_file(checkpoint / "optimizer.safetensors").items():
         index, name = key.split(".")
@@ -120,12 +123,11 @@ def keep_lines(path: Path, num_lines: int) -> None:
 
 
 @torch.no_grad()
-def take_over(model: Transformer, start: Path) -> dict[str, torch.dtype]:
-    """Put a checkpoint's weights into a model that may have other MTP modules besides.
+def take_over(model: Transformer, there: Transformer, start: Path) -> dict[str, torch.dtype]:
+    """Put the weights of the checkpoint at `start` into a model that may have more MTP modules.
 
     Returns the dtypes that they are stored in.
     """
-    there = load_model(start)
     if replace(there.config, mtp=model.config.mtp) != model.config:
         raise ValueError(f"{start}: is another model than --config: only MTP modules may differ")
     state = there.state_dict()

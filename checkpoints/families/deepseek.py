@@ -101,7 +101,11 @@ def dense_and_sparse(
         for kind in kinds
     ]
     if mtp:
-        more["mtp"] = mtp_modules(fields, sparse)
+        more["mtp"] = replace(
+            mtp_modules(fields, sparse),
+            own_embedding=fields.flag("mtp_own_embedding", default=False),
+            own_head=fields.flag("mtp_own_head", default=False),
+        )
     return llama.model_config(fields, layers, **more)
 
 
@@ -117,7 +121,7 @@ def dense(fields: Fields) -> DenseConfig:
     return DenseConfig(width=fields.integer("intermediate_size"))
 
 
-def mtp_modules(fields: Fields, block: LayerConfig, final_norm: str = "own") -> MTPConfig:
+def mtp_modules(fields: Fields, block: LayerConfig) -> MTPConfig:
     """As many modules as are announced.
 
     No release says how they are wired, and `MTPConfig` says where its defaults come from. A file
@@ -132,9 +136,6 @@ def mtp_modules(fields: Fields, block: LayerConfig, final_norm: str = "own") -> 
         input=fields.choice("mtp_input", known=["normed", "raw"], default="normed"),
         carry=fields.choice("mtp_carry", known=["normed", "raw", "main"], default="normed"),
         first="state" if state_first else "embedding",
-        final_norm=final_norm,
-        own_embedding=fields.flag("mtp_own_embedding", default=False),
-        own_head=fields.flag("mtp_own_head", default=False),
     )
 
 

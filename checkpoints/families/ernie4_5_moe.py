@@ -38,7 +38,7 @@ def read_config(fields: Fields) -> ModelConfig:
     tied = fields.flag("tie_word_embeddings", default=True)
     config = dense_and_sparse(fields, attention, moe, layer_kinds(fields), tied_embeddings=tied)
     block = LayerConfig(attention=attention, feed_forward=dense(fields))
-    return replace(config, mtp=mtp_modules(fields, block, final_norm="main"))
+    return replace(config, mtp=replace(mtp_modules(fields, block), final_norm="main"))
 
 
 def layer_kinds(fields: Fields) -> list[str]:
@@ -74,4 +74,7 @@ RULES = (
     *(rule.under("mtp.{layer}.block.", "model.mtp_block.{mtp}.") for rule in BLOCK),
 )
 
-FAMILY = Family(read_config, RULES)
+# of modules that the config does not announce
+UNANNOUNCED = tuple(rule.published.partition("{mtp}")[0] + "*" for rule in (*MTP, RULES[-1]))
+
+FAMILY = Family(read_config, RULES, ignored=UNANNOUNCED)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from files import REMOVED, tensors_of, write_tensors
+from files import REMOVED, edit_json, tensors_of, write_tensors
 from layouts import fused
 from published import relative_difference, reload
 from tiny import plain_mtp_states
@@ -230,6 +230,17 @@ def test_a_model_with_mtp_modules_is_the_peers_without_them(tmp_path):
     write_tensors(tmp_path / "tiny", stored | {"model.mtp.layers.0.weight": torch.ones(2)})
     with pytest.raises(CheckpointError, match=r"1 are unexpected \(model.mtp.layers"):
         load_model(tmp_path / "tiny", progress=False)
+
+
+def test_modules_that_the_config_does_not_announce_are_left_alone(tmp_path):
+    write_tiny("ernie4_5_moe", tmp_path / "tiny", num_nextn_predict_layers=1)
+    edit_json(tmp_path / "tiny" / "config.json", num_nextn_predict_layers=REMOVED)
+    assert load_model(tmp_path / "tiny", progress=False).config.mtp.blocks == ()
+
+
+@pytest.mark.parametrize("key", ["mtp_own_head", "mtp_own_embedding"])
+def test_modules_have_no_head_or_embedding_of_their_own(tmp_path, key):
+    check_refused(tmp_path, f"{key} = True", ERNIE, **{key: True})
 
 
 def test_a_config_that_announces_a_module_which_the_files_lack_loads_without(tmp_path):
