@@ -137,7 +137,7 @@ def test_what_drafts_gained_is_told_position_by_position(pristine, command, draf
     assert "accepted by position" not in without
     shares = re.search(r"accepted by position: (.*)", err)[1].split(", ")
     assert all(re.fullmatch(r"\d+ of \d+ \(\d+ %\)", share) for share in shares)
-    assert len(shares) >= 3
+    assert len(shares) == 3 if draft_tokens == 3 else len(shares) >= 2
     assert re.search(r"\d\.\d\d tokens a round; \d+ forwards instead of 12\n", err)
     assert re.search(r"\d\.\d\d s in drafting, \d\.\d\d s in verifying", err)
 
