@@ -28,12 +28,23 @@ def next_token_loss(
     """
     target_Bt = tokens_BT[:, ahead:]
     states_BtD = states_BtD[:, : target_Bt.shape[1]]
+    if mask_BT is None and documents_BT is None:
+        states_nD, target_n = states_BtD.flatten(0, 1), target_Bt.flatten()
+    else:
+        counted_Bt = counted(target_Bt, ahead, mask_BT, documents_BT)
+        states_nD, target_n = states_BtD[counted_Bt], target_Bt[counted_Bt]
+    if len(target_n) == 0:
+        return states_nD.sum()
+    return linear_cross_entropy(states_nD, head_VD, target_n, options=LinearCrossEntropyOptions())
+
+
+def counted(
+    target_Bt: Tensor, ahead: int, mask_BT: Tensor | None, documents_BT: Tensor | None
+) -> Tensor:
+    """Which targets count, (B, t), as `next_token_loss` says."""
     counted_Bt = torch.ones_like(target_Bt, dtype=torch.bool)
     if mask_BT is not None:
         counted_Bt &= mask_BT[:, ahead:]
     if documents_BT is not None:
         counted_Bt &= documents_BT[:, ahead:] == documents_BT[:, :-ahead]
-    states_nD, target_n = states_BtD[counted_Bt], target_Bt[counted_Bt]
-    if len(target_n) == 0:
-        return states_nD.sum()
-    return linear_cross_entropy(states_nD, head_VD, target_n, options=LinearCrossEntropyOptions())
+    return counted_Bt

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from checkpoints import load_model, load_tokenizer
+from checkpoints import load_tokenizer
 from modeling import GenerationStatistics, Transformer, generate
 
 from .corpus import passages, read_text
-from .generate import DTYPES, draft_tokens, usable_device
+from .generate import add_loading_arguments, draft_tokens, load_asked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--passages", type=int, default=16)
     add("--prompt-tokens", type=int, default=64, help="of each passage")
     add("--new-tokens", type=int, default=128, help="that each is continued by")
-    add("--device", default="cpu", help="any device torch knows: cpu, cuda, cuda:1, mps ...")
-    add("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    add_loading_arguments(parser)
     add("--json", action="store_true", help="print one JSON object instead of the table")
 
 
@@ -43,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{flag} {getattr(args, name)}: must be >= {least}")
     tokens_N = torch.tensor(load_tokenizer(args.model).encode(read_text(args.text)))
     prompts = passages(tokens_N, args.passages, args.prompt_tokens)
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    model = load_model(args.model, usable_device(args.device), dtype)
+    model = load_asked(args)
     counts: list[Count] = list(dict.fromkeys([0, *args.draft_tokens]))
     runs = measured(model, prompts, args.new_tokens, counts)
     report = {

@@ -55,8 +55,20 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="tokens the MTP modules guess per round; auto: the number that proves fastest",
     )
+    add_loading_arguments(parser)
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded: what `load_asked` reads."""
+    add = parser.add_argument
     add("--device", default="cpu", help="any device torch knows: cpu, cuda, cuda:1, mps ...")
     add("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+
+
+def load_asked(args: argparse.Namespace, mtp: bool = True) -> Transformer:
+    """The model that the arguments name, on the device and in the dtype that they name."""
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    return load_model(args.model, usable_device(args.device), dtype, mtp=mtp)
 
 
 def draft_tokens(text: str) -> int | str:
@@ -94,9 +106,7 @@ def system_message(args: argparse.Namespace) -> list[dict[str, str]]:
 
 def load_for(tokenizer: Tokenizer, args: argparse.Namespace) -> Transformer:
     """The model that the arguments ask for, if the tokenizer can be its own."""
-    device = usable_device(args.device)
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    model = load_model(args.model, device, dtype, mtp=args.draft_tokens != 0)
+    model = load_asked(args, mtp=args.draft_tokens != 0)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{args.model}: the tokenizer has {tokenizer.vocab_size} ids and the model "

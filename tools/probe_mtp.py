@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import load_model, load_tokenizer
+from checkpoints import load_tokenizer
 from modeling import MTPConfig, Transformer, forced_states
 
 from .corpus import read_text
-from .generate import DTYPES, usable_device
+from .generate import add_loading_arguments, load_asked
 
 INPUTS, CARRIES = ("normed", "raw"), ("normed", "raw", "main")
 NEAR_ZERO = 0.1  # of first drafts; half of the least that is reported of any trained head
@@ -40,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draft-tokens", type=int, default=4, help="draft positions to measure")
     add("--max-tokens", type=int, default=4096, help="of the text, from its beginning")
     add("--piece", type=int, default=512, help="tokens of text that are read at once")
-    add("--device", default="cpu", help="any device torch knows: cpu, cuda, cuda:1, mps ...")
-    add("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    add_loading_arguments(parser)
     add("--json", action="store_true", help="print one JSON object instead of the table")
 
 
@@ -54,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
     least = args.draft_tokens + 2
     if len(tokens_N) < least:
         raise ValueError(f"{args.text}: {len(tokens_N)} tokens of text, at least {least} needed")
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    model = load_model(args.model, usable_device(args.device), dtype)
+    model = load_asked(args)
     if not model.mtp:
         raise ValueError(f"{args.model}: has no MTP modules to probe")
     piece, own = min(args.piece, model.config.max_length), model.config.mtp
