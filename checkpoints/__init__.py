@@ -6,8 +6,8 @@ from .convert import companions, convert
 from .load import load_model
 from .published_config import read_config, unread_keys
 from .save import save_model
-from .shards import StoredTensor
-from .tokenizer import TextStream, Tokenizer, load_tokenizer
+from .storage.shards import StoredTensor
+from .text.tokenizer import TextStream, Tokenizer, load_tokenizer
 from .verify import verify
 
 __all__ = [

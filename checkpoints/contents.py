@@ -19,8 +19,8 @@ from modeling import ModelConfig, Transformer
 from .config_file import CheckpointError
 from .mapping import Entry, Family, Shape, correspondences, filled_in, num_blocks
 from .published_config import family_of, read_config
-from .shards import Shards, StoredTensor, open_shards, raise_any, some
-from .weights import Weight, weights_of
+from .storage.shards import Shards, StoredTensor, open_shards, raise_any, some
+from .storage.weights import Weight, weights_of
 
 
 @dataclass

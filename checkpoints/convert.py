@@ -12,9 +12,9 @@ from .config_file import CheckpointError
 from .contents import Contents, compare
 from .published_config import read_config
 from .save import stored_dtype, with_dtype
-from .shards import READABLE, Shards, open_shards, raise_any
-from .weights import Weight
-from .writing import FP8, Planned, write_checkpoint
+from .storage.shards import READABLE, Shards, open_shards, raise_any
+from .storage.weights import Weight
+from .storage.writing import FP8, Planned, write_checkpoint
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 

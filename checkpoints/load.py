@@ -16,7 +16,7 @@ from modeling import Transformer
 from .contents import Contents, compare, untied
 from .mapping import Entry
 from .published_config import read_config
-from .shards import READABLE, Shards, open_shards, raise_any
+from .storage.shards import READABLE, Shards, open_shards, raise_any
 
 
 def load_model(

@@ -10,8 +10,8 @@ from moe import ConfigError
 from .config_file import CheckpointError, Fields, read_json
 from .families import FAMILIES, MECHANISMS, NOT_YET
 from .mapping import Family
-from .shards import some
-from .weights import check_method
+from .storage.shards import some
+from .storage.weights import check_method
 
 
 def read_config(path: str | Path) -> ModelConfig:

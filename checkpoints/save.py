@@ -14,7 +14,7 @@ from .config_file import CheckpointError, Fields
 from .contents import copied_entries, own_state
 from .mapping import Entry, correspondences
 from .published_config import family_of
-from .writing import FP8, FP8_CONFIG, Planned, write_checkpoint
+from .storage.writing import FP8, FP8_CONFIG, Planned, write_checkpoint
 
 
 def save_model(

@@ -17,8 +17,8 @@ from .config_file import CheckpointError, Fields
 from .contents import Contents, compare
 from .mapping import Entry
 from .published_config import interpreted
-from .shards import Shards, some, survey_shards
-from .tokenizer import Tokenizer, load_tokenizer
+from .storage.shards import Shards, some, survey_shards
+from .text.tokenizer import Tokenizer, load_tokenizer
 
 TINY = 1e-30  # no trained weight is this small throughout: memory that was never written
 

@@ -12,11 +12,11 @@ from .config import (
     RopeConfig,
     YarnConfig,
 )
-from .generate import Generation, GenerationStatistics, generate, generate_batch
+from .generation.generate import Generation, GenerationStatistics, generate, generate_batch
+from .generation.teacher_forcing import forced_states
 from .loss import next_token_loss
 from .model import Transformer
 from .mtp import mtp_loss
-from .teacher_forcing import forced_states
 
 __all__ = [
     "Cache",

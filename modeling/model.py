@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from moe import FeedForward, MoE, MoEConfig
 
-from .attention import GroupedQueryAttention
+from .attention.gqa import GroupedQueryAttention
+from .attention.mla import MultiHeadLatentAttention
 from .cache import Cache, LayerCache
 from .config import DenseConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig
-from .mla import MultiHeadLatentAttention
 from .mtp import MTPModule, States, embedding, first_state, next_state
 from .norm import RMSNorm
 from .rope import Positions

@@ -6,7 +6,16 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "checkpoints" / "pretrained"
 REMOVED = object()
+# from the public domain: the Brothers Grimm, Household Tales, translated by Margaret Hunt
+TALE = """\
+Hard by a great forest dwelt a poor wood-cutter with his wife and his two children. The boy was
+called Hansel and the girl Grethel. He had little to bite and to break, and once when great scarcity
+fell on the land, he could no longer procure daily bread. Now when he thought over this by night in
+his bed, and tossed about in his anxiety, he groaned and said to his wife, "What is to become of us?
+How are we to feed our poor children, when we no longer have anything even for ourselves?" """
 
 
 def edit_json(file: Path, **changes) -> None:

@@ -1,8 +1,8 @@
 """Published checkpoints for tests: what transformers writes, and what the family modules say.
 
-`family_tests` are the modules of tests/families, one for each adapter. Each says in data what is
-known of its family (see test_families.py) and may say how its checkpoints are written and read by
-transformers where that is not the usual way (`write_peer`, `reload_peer`).
+`family_tests` are the modules of tests/checkpoints/families, one for each adapter. Each says in
+data what is known of its family (see test_families.py) and may say how its checkpoints are written
+and read by transformers where that is not the usual way (`write_peer`, `reload_peer`).
 """
 
 import json
@@ -41,8 +41,8 @@ TINY_YARN = {
 
 
 def family_tests() -> list[ModuleType]:
-    """The modules of tests/families."""
-    folder = Path(__file__).parent / "families"
+    """The modules of tests/checkpoints/families."""
+    folder = Path(__file__).parent / "checkpoints" / "families"
     return [import_module(file.stem) for file in sorted(folder.glob("test_*.py"))]
 
 

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from files import ROOT
 
-ROOT = Path(__file__).parent.parent
 ALLOWED = {  # besides the package itself and the standard library
     "moe": {"torch", "einops"},
     "modeling": {"torch", "einops", "moe"},
@@ -19,7 +19,7 @@ OWN = {*ALLOWED, "tools", "tests"}
 OUTSIDE_THE_MODEL = {"jinja2", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "tqdm"}
 TOKEN_PATH = [
     "modeling/model.py",
-    "modeling/mla.py",
+    "modeling/attention/mla.py",
     "modeling/rope.py",
     "modeling/norm.py",
     "moe/layer.py",
@@ -92,7 +92,7 @@ def test_a_file_imports_only_what_its_package_may(source):
         ("checkpoints/families/x.py", "from ...modeling import RopeConfig"),
         ("checkpoints/x.py", "from tests import tiny"),
         ("checkpoints/x.py", "import transformers"),
-        ("tools/x.py", "from modeling.mla import absorbing_pays"),
+        ("tools/x.py", "from modeling.attention.mla import absorbing_pays"),
         ("tools/x.py", "import tests"),
     ],
 )
@@ -138,8 +138,9 @@ def closure(source: Path) -> set[Path]:
     while waiting:
         found.add(current := waiting.pop())
         for node in ast.walk(tree_of(current)):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                waiting.append(current.parent / f"{node.module}.py")
+            if isinstance(node, ast.ImportFrom) and node.level > 0:
+                folder = current.parents[node.level - 1]
+                waiting.append(folder / f"{node.module.replace('.', '/')}.py")
             elif isinstance(node, ast.ImportFrom) and node.module == "moe":
                 exported = ast.walk(tree_of(Path("moe/__init__.py")))
                 names = {alias.name for alias in node.names}

@@ -4,13 +4,12 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from files import ROOT
 
 from tools.__main__ import main
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^python -m tools (.+)$", README, flags=re.MULTILINE)
 PROGRAMS = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)

@@ -1,0 +1,1 @@
+"""Bytes on disk: safetensors files, the formats weights are stored in, and writing."""

@@ -1,0 +1,160 @@
+"""Writes a checkpoint directory: config.json, safetensors, an index. Whole or not at all.
+
+Everything is written into a directory beside the final one, the index last, and that directory
+then takes the final name. What an interruption leaves behind is either removed or has no index.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config_file import CheckpointError
+from .quantized import grid, quantize_blocks
+from .shards import INDEX, SINGLE
+
+ALIGNED = 16  # bytes: no dtype is wider
+BLOCK = (128, 128)
+FP8 = torch.float8_e4m3fn
+FP8_CONFIG = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": list(BLOCK),
+    "activation_scheme": "dynamic",
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: its size is known before it is made."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]  # of any dtype, contiguous or not
+
+    @property
+    def nbytes(self) -> int:
+        scales = prod(grid(self.shape, BLOCK)) * 4 if self.dtype == FP8 else 0
+        return prod(self.shape) * self.dtype.itemsize + scales
+
+    def parts(self, made: Tensor) -> list[Tensor]:
+        """What stands in the file for `made`: itself in the wanted dtype, or FP8 and its scale."""
+        if self.dtype != FP8:
+            return [made.to(self.dtype).contiguous()]
+        return list(quantize_blocks(made, BLOCK))
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = [self.name, self.name + "_scale_inv"]
+        return dict(zip(names, self.parts(self.make()), strict=False))
+
+
+def write_checkpoint(
+    directory: Path,
+    config_json: Mapping[str, Any],
+    planned: Sequence[Planned],
+    max_shard_bytes: int,
+    beside: Sequence[Path] = (),
+    progress: bool = False,
+) -> None:
+    """Write all `planned` tensors, and copies of the files `beside`, into a new directory.
+
+    At no time is there more in memory than the tensors of one shard and what one of them is made
+    from. Raises CheckpointError if `directory` exists and is not empty, or the disk is too small.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise CheckpointError(f"{directory}: exists already; remove it or choose another path")
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        check_space(partial, sum(tensor.nbytes for tensor in planned))
+        (partial / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+        for file in beside:
+            shutil.copyfile(file, partial / file.name)
+        write_shards(planned, partial, max_shard_bytes, progress)
+        for file in partial.iterdir():
+            shutil.copymode(partial / "config.json", file)  # safetensors makes them private
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise CheckpointError(f"{directory}: {needed:,} bytes are needed, {free:,} are free")
+
+
+def write_shards(
+    planned: Sequence[Planned], directory: Path, max_shard_bytes: int, progress: bool
+) -> None:
+    """One file if everything fits, else numbered shards and the index that lists them."""
+    shards = list(grouped(planned, max_shard_bytes))
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [SINGLE]
+    weight_map: dict[str, str] = {}
+    total = 0
+    arena = torch.empty(max(map(room_for, shards)), dtype=torch.uint8)
+    with tqdm(
+        total=len(planned), desc="writing", unit="tensor", disable=None if progress else True
+    ) as bar:
+        for name, shard in zip(names, shards, strict=True):
+            tensors: dict[str, Tensor] = {}
+            end = 0
+            for tensor in shard:
+                copies, end = placed(tensor.tensors(), arena, end)
+                tensors |= copies
+                bar.update()
+            save_file(tensors, directory / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+# A shard's tensors stand in one block of memory, used for every shard: many small ones, freed in
+# between larger intermediate results, would leave gaps as large as themselves.
+
+
+def room_for(shard: Sequence[Planned]) -> int:
+    return sum(tensor.nbytes + 2 * ALIGNED for tensor in shard)
+
+
+def placed(
+    tensors: Mapping[str, Tensor], arena: Tensor, start: int
+) -> tuple[dict[str, Tensor], int]:
+    """Copies of the tensors, one after the other in the arena, and where the next may begin."""
+    copies = {}
+    for name, tensor in tensors.items():
+        place = arena[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copies[name] = place.copy_(tensor)
+        start += -(-tensor.nbytes // ALIGNED) * ALIGNED
+    return copies, start
+
+
+def grouped(planned: Sequence[Planned], max_shard_bytes: int) -> Iterator[list[Planned]]:
+    """Consecutive tensors that fit into one shard; one larger than that stands alone."""
+    shard: list[Planned] = []
+    size = 0
+    for tensor in planned:
+        if shard and size + tensor.nbytes > max_shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(tensor)
+        size += tensor.nbytes
+    yield shard

@@ -1,0 +1,191 @@
+"""Conversations as a checkpoint's chat template writes them, and whose words are whose.
+
+A template prints control tokens around what people say. What they say may look like a control token
+too, and must stay text: so before rendering, every such place is put between two marks, characters
+that nobody used, and a control token without marks in the rendered text is the template's own. The
+marks stand around a token and not within it, since templates look for some (`</think>`) in what the
+model said.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config_file import CheckpointError, check_regular
+
+RENDERER = Path(__file__).with_name("template.py")
+SECONDS = 10  # templates take milliseconds, and their process a tenth of a second to start
+MEGABYTES = 512
+CHARACTERS = 4 * 2**20
+
+
+class Part(NamedTuple):
+    """A stretch of a rendered conversation: one control token of the template's, or plain text."""
+
+    text: str
+    control: bool
+
+
+@dataclass(frozen=True)
+class Template:
+    source: str
+    where: str  # the file, for errors
+
+
+class ChatTemplates:
+    """The chat templates of a checkpoint directory, read when one is asked for.
+
+    settings: its tokenizer_config.json; special: the tokens that a template prints by name.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any], special: dict[str, str]) -> None:
+        self.directory, self.settings, self.special = directory, settings, special
+
+    @property
+    def names(self) -> list[str]:
+        """Of the templates there are."""
+        return list(self._all())
+
+    def find(self, name: str | None = None) -> Template:
+        """The template of that name, by default `default`; CheckpointError where there is none."""
+        found = self._all()
+        if not found:
+            raise CheckpointError(
+                f"{self.directory}: no chat template, neither a chat_template.jinja nor a "
+                "chat_template in tokenizer_config.json: this model continues texts only"
+            )
+        if (name or "default") not in found:
+            known = ", ".join(found)
+            raise CheckpointError(
+                f"{self.directory}: no chat template named {name or 'default'}; there is {known}"
+            )
+        return found[name or "default"]
+
+    def parts(self, messages: Any, name: str | None, control: Collection[str]) -> list[Part]:
+        """A conversation up to where the answer begins; `control`: the tokens to tell apart."""
+        check_messages(messages)
+        said = [text for message in messages for text in message.values()]
+        opening, closing = spare_characters("".join([*said, *control]))
+        token = one_of(control)
+        marked = [
+            {key: re.sub(token, rf"{opening}\g<0>{closing}", text) for key, text in message.items()}
+            for message in messages
+        ]
+        text = render(self.find(name), self.special | {"messages": marked})
+        return tell_apart(text, token, opening, closing)
+
+    def _all(self) -> dict[str, Template]:
+        """From chat_template.jinja, else from tokenizer_config.json, where there may be several."""
+        file = self.directory / "chat_template.jinja"
+        check_regular(file)
+        if file.exists():
+            return {"default": Template(read_text(file), str(file))}
+        where = f"{self.directory / 'tokenizer_config.json'}: chat_template"
+        listed = self.settings.get("chat_template")
+        if isinstance(listed, str):
+            return {"default": Template(listed, where)}
+        found = {}
+        for entry in [] if listed is None else listed if isinstance(listed, list) else [listed]:
+            match entry:
+                case {"name": str(name), "template": str(source)}:
+                    found[name] = Template(source, f"{where} {name}")
+                case _:
+                    expected = "a template, or a list of names and templates"
+                    raise CheckpointError(f"{where} = {listed!r:.80}: expected {expected}")
+        return found
+
+
+def render(template: Template, variables: dict[str, Any]) -> str:
+    """What the template prints; CheckpointError, with its line, where it fails or takes too long.
+
+    In a process that gets nothing but the request, no environment variables either.
+    """
+    # transformers has these as None, and templates ask `is not none`
+    nothing = {"tools": None, "documents": None}
+    request = {
+        "template": template.source,
+        "variables": nothing | variables | {"add_generation_prompt": True},
+        "seconds": int(SECONDS) + 1,  # of computing: later than it is stopped from here
+        "megabytes": MEGABYTES,
+        "characters": CHARACTERS,
+    }
+    command = [sys.executable, "-I", str(RENDERER)]
+    data = json.dumps(request).encode()
+    try:
+        done = subprocess.run(command, input=data, capture_output=True, timeout=SECONDS, env={})
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(f"{template.where}: not done after {SECONDS} seconds") from None
+    if done.returncode != 0:
+        raise CheckpointError(f"{template.where}: its process ended with code {done.returncode}")
+    reply = json.loads(done.stdout)
+    if "error" in reply:
+        line = "" if reply["line"] is None else f" line {reply['line']}:"
+        raise CheckpointError(f"{template.where}:{line} {reply['error']}")
+    return reply["text"]
+
+
+def tell_apart(text: str, token: str, opening: str, closing: str) -> list[Part]:
+    """A rendered text as control tokens and what is between them; the marks are gone."""
+    parts, end = [], 0
+    unmarked = str.maketrans("", "", opening + closing)
+    for match in re.finditer(f"{opening}{token}{closing}|(?P<own>{token})", text):
+        if match["own"]:
+            parts.append(Part(text[end : match.start()].translate(unmarked), control=False))
+            parts.append(Part(match["own"], control=True))
+            end = match.end()
+    parts.append(Part(text[end:].translate(unmarked), control=False))
+    return [part for part in parts if part.text]
+
+
+def check_messages(messages: Any) -> None:
+    if not isinstance(messages, list):
+        raise ValueError(f"the messages are a {type(messages).__name__}, expected a list")
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            found = list(message) if isinstance(message, dict) else type(message).__name__
+            raise ValueError(f"{where}: expected a dict of role and content, found {found}")
+        for key, text in message.items():
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{where}: the {key} is a {type(text).__name__}, expected a string"
+                )
+            check_unicode(text, f"the {key} of {where}")
+
+
+def check_unicode(text: str, what: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        where = f"position {error.start}"
+        raise ValueError(f"{what} has half a surrogate pair at {where}: not Unicode") from None
+
+
+def spare_characters(text: str) -> tuple[str, str]:
+    """Two characters that the text does not hold, of those that Unicode keeps for internal use."""
+    spare = [chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in text]
+    if len(spare) < 2:
+        raise ValueError(
+            "the conversation holds all noncharacters from U+FDD0 on: two must be free"
+        )
+    return spare[0], spare[1]
+
+
+def one_of(strings: Collection[str]) -> str:
+    """A pattern for any of them, the longest where several begin; for none of none."""
+    longest_first = sorted(strings, key=len, reverse=True)
+    return "(?:" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")"
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: not UTF-8 ({error.reason})") from None

@@ -1,0 +1,166 @@
+"""Text to token ids and back, for one checkpoint: its vocabulary, its BOS, its stop ids."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config_file import CheckpointError, check_regular, read_json
+from ..storage.shards import some
+from .chat import ChatTemplates, check_unicode
+from .vocabularies import AddedToken, JsonVocabulary, Ranks, SentencePieces, Vocabulary
+
+
+class Tokenizer:
+    """Text <-> ids of one checkpoint; knows which token begins a text and which end one."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        bos_id: int | None,
+        stop_ids: tuple[int, ...],
+        templates: ChatTemplates,
+    ) -> None:
+        self.vocabulary, self.bos_id, self.stop_ids = vocabulary, bos_id, stop_ids
+        self.templates = templates
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocabulary.size
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of a text; with `bos`, begun as the checkpoint's own tokenizer begins one."""
+        check_unicode(text, "the text")
+        ids = self.vocabulary.encode(text, special=bos and self.bos_id is not None)
+        if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]
+        return ids
+
+    def chat(self, messages: list[dict[str, str]], template: str | None = None) -> list[int]:
+        """Ids of a conversation as the chat template writes it, up to where the answer begins.
+
+        messages: [{"role": "user", "content": "..."}, ...]; template: its name, where there are
+        several. Control tokens are those that the template prints, the BOS among them; what looks
+        like one in a message stays text.
+        """
+        parts = self.templates.parts(messages, template, self.vocabulary.control)
+        return self.vocabulary.encode_parts(parts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.vocabulary.decode(ids)
+
+
+class TextStream:
+    """Text of tokens as they come, continuing `prompt_ids`; whole characters only."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+        # some tokenizers decode a piece differently at the start of a text, or after half a
+        # character: so each token is decoded behind some others, which begin with a whole one
+        self.tokenizer, self.ids = tokenizer, list(prompt_ids)
+        self.told, self.whole = tokenizer.decode(self.ids), len(self.ids)
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character is still in pieces."""
+        self.ids.append(token)
+        return self._new_text(hold_back=True)
+
+    def finish(self) -> str:
+        """What is left of a character that never became whole."""
+        return self._new_text(hold_back=False)
+
+    def _new_text(self, hold_back: bool) -> str:
+        text = self.tokenizer.decode(self.ids)
+        if hold_back and text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        new, self.told = text[len(self.told) :], text
+        if len(self.ids) - self.whole >= 8:  # enough of them: let go of those before
+            self.ids = self.ids[self.whole :]
+            self.told, self.whole = self.tokenizer.decode(self.ids), len(self.ids)
+        return new
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory, from the first of the three files that is there.
+
+    Chat templates are read when a conversation needs one.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    settings = optional_json(directory / "tokenizer_config.json")
+    vocabulary = read_vocabulary(directory, settings)
+    special = vocabulary.named | special_tokens(settings, vocabulary)
+    bos_id = vocabulary.find(special["bos_token"]) if "bos_token" in special else None
+    if not settings.get("add_bos_token", vocabulary.begins[:1] == [bos_id]):
+        bos_id = None
+    stops = stop_ids(directory, special.get("eos_token"), vocabulary)
+    return Tokenizer(vocabulary, bos_id, stops, ChatTemplates(directory, settings, special))
+
+
+def read_vocabulary(directory: Path, settings: dict[str, Any]) -> Vocabulary:
+    names = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
+    in_json, in_pieces, in_ranks = files = [directory / name for name in names]
+    for file in files:
+        check_regular(file)
+    if in_json.exists():
+        return JsonVocabulary(in_json)
+    if in_pieces.exists():
+        return SentencePieces(in_pieces, added_tokens(directory, settings))
+    if in_ranks.exists():
+        return Ranks(in_ranks, added_tokens(directory, settings))
+    found = some(sorted(entry.name for entry in directory.iterdir()))
+    expected = "tokenizer.json, tokenizer.model or tiktoken.model"
+    raise CheckpointError(f"{directory}: no {expected}; found {found}")
+
+
+def added_tokens(directory: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
+    """`added_tokens_decoder` of tokenizer_config.json: {"163585": {"content": "[EOS]", ...}}."""
+    listed = settings.get("added_tokens_decoder")
+    listed = {} if listed is None else listed
+    found = {}
+    for key, token in listed.items() if isinstance(listed, dict) else [("", listed)]:
+        match token:
+            case {"content": str(content)} if content and re.fullmatch("[0-9]{1,9}", key):
+                found[int(key)] = AddedToken(content, bool(token.get("special", False)))
+            case _:
+                where = directory / "tokenizer_config.json"
+                raise CheckpointError(
+                    f"{where}: added_tokens_decoder has {key!r}: {token!r:.80}, expected an id and "
+                    "an object with the token's content"
+                )
+    return found
+
+
+def special_tokens(settings: dict[str, Any], vocabulary: Vocabulary) -> dict[str, str]:
+    """bos_token, eos_token, ... of tokenizer_config.json: each a string, or an object with one."""
+    found = {}
+    for name, token in settings.items():
+        content = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(content, str):
+            found[name] = content
+    return {name: token for name, token in found.items() if vocabulary.find(token) is not None}
+
+
+def stop_ids(directory: Path, eos_token: str | None, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """eos_token_id of generation_config.json, else of config.json, else the tokenizer's own."""
+    config = directory / "config.json"
+    rows = optional_json(config).get("vocab_size")
+    size = max(vocabulary.size, rows if isinstance(rows, int) else 0)
+    for file in (directory / "generation_config.json", config):
+        found = optional_json(file).get("eos_token_id")
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise CheckpointError(f"{file}: eos_token_id {token!r} is not a token id")
+            if token >= size:
+                raise CheckpointError(
+                    f"{file}: eos_token_id {token} is no token: the ids are 0 to {size - 1}"
+                )
+        if ids:
+            return tuple(ids)
+    own = None if eos_token is None else vocabulary.find(eos_token)
+    return () if own is None else (own,)
+
+
+def optional_json(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.exists() else {}

@@ -1,0 +1,306 @@
+"""Vocabularies: what the three libraries that read tokenizer files are brought down to."""
+
+import base64
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import sentencepiece
+import tiktoken
+import tokenizers
+
+from ..config_file import CheckpointError
+from .chat import Part, one_of, spare_characters
+
+# A rank file does not say how text is split into words. This is how Kimi's tokenization_kimi.py
+# does, which, being a program, is not run.
+BEFORE_WORD = r"[^\r\n\p{L}\p{N}]?"
+UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+AFTER_WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+SPLIT = "|".join(
+    [
+        r"[\p{Han}]+",
+        BEFORE_WORD + UPPER + "*" + LOWER + "+" + AFTER_WORD,
+        BEFORE_WORD + UPPER + "+" + LOWER + "*" + AFTER_WORD,
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+# It also fixes these two. It names two tokens more, which the published models have no row for.
+RESERVED = 256  # ids after the ranks; those without a name are <|reserved_token_N|>
+LONGEST_RUN = 25_000  # of letters, or of white space: tiktoken's stack has an end
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # kinds of pieces, in sentencepiece_model.proto
+
+
+class AddedToken(NamedTuple):
+    content: str
+    special: bool  # no text: decoding leaves it out
+
+
+class Vocabulary(Protocol):
+    """What the libraries are brought down to."""
+
+    size: int
+    begins: list[int]  # what the library itself puts before a text
+    named: dict[str, str]  # bos_token and eos_token, where the file itself says which they are
+
+    @property
+    def control(self) -> dict[str, int]: ...  # the tokens that give a conversation its structure
+
+    def encode(self, text: str, special: bool) -> list[int]: ...
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def find(self, piece: str) -> int | None: ...
+
+
+class SentencePieces:
+    """A sentencepiece `tokenizer.model`, with tokens added to it."""
+
+    def __init__(self, file: Path, added: dict[int, AddedToken]) -> None:
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError) as error:
+            raise CheckpointError(f"{file}: not a sentencepiece model ({error})") from None
+        # The same for text that goes on: two fields appended to the model's (in protobuf the last
+        # value counts) so that it neither puts a space before a text nor takes any away.
+        self.model = file.read_bytes()
+        self.inner = sentencepiece.SentencePieceProcessor(
+            model_proto=self.model + b"\x1a\x04\x18\x00\x20\x00"
+        )
+        self.added = added
+        self.pieces = self.processor.vocab_size()
+        self.size = max([self.pieces, *(token + 1 for token in added)])
+        self.begins = [token for token in [self.processor.bos_id()] if token >= 0]
+        ends = {"bos_token": self.processor.bos_id(), "eos_token": self.processor.eos_id()}
+        self.named = {name: self.processor.id_to_piece(i) for name, i in ends.items() if i >= 0}
+
+    @cached_property
+    def control(self) -> dict[str, int]:
+        found = {}
+        for token, (piece, kind) in enumerate(read_pieces(self.model)):
+            content = piece.replace("▁", " ")
+            if kind in (UNKNOWN, CONTROL) or kind == USER_DEFINED and structural(content):
+                found[content] = token
+        listed = {token.content: i for i, token in self.added.items() if structural(*token)}
+        return found | listed
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return (self.begins if special else []) + self.processor.encode(text)
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        ids = []
+        for index, part in enumerate(parts):
+            if part.control:
+                ids.append(self.control[part.text])
+            else:
+                processor = self.inner if index else self.processor
+                ids += self.encode_plain(processor.normalize(part.text))
+        return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of normalised text that are no control tokens: those in it are cut in two."""
+        pattern = one_of([token.replace(" ", "▁") for token in self.control])
+        cuts = [match.start() + 1 for match in re.finditer(f"(?={pattern})", text)]
+        spans = pairwise([0, *cuts, len(text)])
+        return [token for start, end in spans for token in self.inner.encode(text[start:end])]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        texts = []
+        for index, (added, run) in enumerate(groupby(ids, lambda token: token >= self.pieces)):
+            if added:  # or nothing: a model's vocabulary may be padded beyond the tokenizer's
+                tokens = [self.added[token] for token in run if token in self.added]
+                texts += [token.content for token in tokens if not token.special]
+            else:
+                texts.append((self.inner if index else self.processor).decode(list(run)))
+        return "".join(texts)
+
+    def find(self, piece: str) -> int | None:
+        found = self.processor.piece_to_id(piece)
+        return self.control.get(piece) if found == self.processor.unk_id() else found
+
+
+class JsonVocabulary:
+    """A `tokenizer.json` of the tokenizers library."""
+
+    named: dict[str, str] = {}
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception for every fault
+            raise CheckpointError(f"{file}: not a tokenizer ({error})") from None
+        self.tokenizer.no_truncation()  # what training had cut and filled up
+        self.tokenizer.no_padding()
+        self.size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
+        self.begins = self.encode("", special=True)
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.control = {
+            token.content: i
+            for i, token in added.items()
+            if structural(token.content, token.special)
+        }
+        self.twins: dict[str, tokenizers.Tokenizer] = {}  # by the marks in their names
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=special).ids
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        opening, closing = spare_characters("".join(part.text for part in parts))
+        if opening + closing not in self.twins:
+            self.twins[opening + closing] = self.renamed(opening, closing)
+        text = "".join(
+            f"{opening}{part.text}{closing}" if part.control else part.text for part in parts
+        )
+        return self.twins[opening + closing].encode(text, add_special_tokens=False).ids
+
+    def renamed(self, opening: str, closing: str) -> tokenizers.Tokenizer:
+        """The same tokenizer, its control tokens under names with marks, which no text holds.
+
+        In the model's vocabulary too: some models know control tokens as words like others.
+        """
+        names = {token: opening + token + closing for token in self.control}
+        parts = json.loads(self.tokenizer.to_str())
+        for token in parts["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        model, vocab = parts["model"], parts["model"]["vocab"]
+        if isinstance(vocab, dict):
+            model["vocab"] = {names.get(piece, piece): token for piece, token in vocab.items()}
+        else:
+            model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+        if "unk_token" in model:
+            model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+        if "merges" in model:
+            merges = model["merges"]
+            model["merges"] = [m for m in merges if not names.keys() & {*m, "".join(m)}]
+        return tokenizers.Tokenizer.from_str(json.dumps(parts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids))
+
+    def find(self, piece: str) -> int | None:
+        return self.tokenizer.token_to_id(piece)
+
+
+class Ranks:
+    """A `tiktoken.model`: byte strings in the order in which they merge, then control tokens."""
+
+    begins: list[int] = []
+    named: dict[str, str] = {}
+
+    def __init__(self, file: Path, added: dict[int, AddedToken]) -> None:
+        ranks = read_ranks(file)
+        self.size = len(ranks) + RESERVED
+        for token in added:
+            if not len(ranks) <= token < self.size:
+                raise CheckpointError(
+                    f"{file}: with its {len(ranks)} ranks, added tokens are {len(ranks)} to "
+                    f"{self.size - 1}; tokenizer_config.json has one of id {token}"
+                )
+        tokens = {
+            i: added.get(i, AddedToken(f"<|reserved_token_{i}|>", special=True))
+            for i in range(len(ranks), self.size)
+        }
+        self.control = {token.content: i for i, token in tokens.items()}
+        if len(self.control) < RESERVED:
+            raise CheckpointError(f"{file}: tokenizer_config.json has two added tokens of one name")
+        self.unwritten = {i for i, token in tokens.items() if token.special}
+        self.encoding = tiktoken.Encoding(
+            file.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.control
+        )
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        stretches = bounded_runs(text)
+        return [i for part in stretches for i in self.encoding.encode(part, allowed_special="all")]
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        ids = []
+        for part in parts:
+            if part.control:
+                ids.append(self.control[part.text])
+            else:
+                for stretch in bounded_runs(part.text):
+                    ids += self.encoding.encode_ordinary(stretch)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        written = [i for i in ids if i < self.size and i not in self.unwritten]
+        return self.encoding.decode_bytes(written).decode("utf-8", errors="replace")
+
+    def find(self, piece: str) -> int | None:
+        return self.control.get(piece)
+
+
+def read_pieces(model: bytes) -> Iterator[tuple[str, int]]:
+    """Every piece of a sentencepiece model with its kind, of which the library tells only some."""
+    for number, piece in read_fields(model):
+        if number == 1:
+            fields = dict(read_fields(piece))
+            yield fields[1].decode(errors="replace"), fields.get(3, 1)
+
+
+def read_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of the fields of a protobuf message that is known to be valid."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        start = position
+        while message[position] & 0x80:
+            position += 1
+        position += 1
+        return sum((byte & 0x7F) << 7 * i for i, byte in enumerate(message[start:position]))
+
+    while position < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+        else:
+            length = {1: 8, 5: 4}.get(kind) or varint()
+            yield number, message[position : position + length]
+            position += length
+
+
+def read_ranks(file: Path) -> dict[bytes, int]:
+    """Lines of a token's bytes in base64 and its rank."""
+    lines = [line for line in file.read_bytes().splitlines() if line]
+    ranks = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise CheckpointError(
+                f"{file}: not a tiktoken rank file: line {number} is {line!r:.80}, "
+                "expected a token in base64 and its rank"
+            ) from None
+    if sorted(ranks.values()) != list(range(len(lines))):
+        raise CheckpointError(
+            f"{file}: not a tiktoken rank file: the ranks of its {len(lines)} tokens are not "
+            f"0 to {len(lines) - 1}, each once"
+        )
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise CheckpointError(f"{file}: not a tiktoken rank file: it lacks some of the 256 bytes")
+    return ranks
+
+
+def bounded_runs(text: str) -> Iterator[str]:
+    """The text in stretches, so that no run of letters or of white space is too long."""
+    start = 0
+    for run in re.finditer(r"\s+|\S+", text):
+        for cut in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
+
+
+def structural(content: str, special: bool = False) -> bool:
+    """Whether an added token is more than a stretch of text: white space and letters are text."""
+    return special or len(content.strip()) > 1

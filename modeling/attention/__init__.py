@@ -1,0 +1,1 @@
+"""One file per mechanism: its config, its module, its cache."""

@@ -1,0 +1,128 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values made from one latent.
+
+Per token a latent c (after its norm) and one rotary key r, shared by all heads, are kept; a head's
+key is [W_UK c | r] and its value W_UV c. Two forms compute the same:
+
+  expanded  make every head's keys and values from the latents, attend per head;
+  absorbed  carry the query into the latent space, q W_UK, attend to the latents themselves, and
+            carry the result out with W_UV: nothing is made per cached position.
+
+Shapes: B batch, T new tokens, S positions so far, D model width, H heads, P head width without
+position, R rotated width, M value width, C latent rank, Q query rank.
+"""
+
+from collections import OrderedDict
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..cache import LayerCache
+from ..config import MLAConfig
+from ..norm import RMSNorm
+from ..rope import Positions, rotate
+from .gqa import attend, visible
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """MLA with or without query compression; caches exactly (c, r): C + R numbers per token."""
+
+    def __init__(self, d_model: int, config: MLAConfig) -> None:
+        super().__init__()
+        self.config = config
+        H, C, Q, R = config.num_heads, config.kv_rank, config.query_rank, config.rope.width
+        P, M, bias = config.nope_width, config.value_width, config.bias
+        if Q is None:
+            self.q: nn.Module = nn.Linear(d_model, H * (P + R), bias=False)
+        else:
+            steps = OrderedDict[str, nn.Module](
+                compress=nn.Linear(d_model, Q, bias=bias),
+                norm=RMSNorm(Q, config.latent_norm_epsilon),
+                expand=nn.Linear(Q, H * (P + R), bias=False),
+            )
+            self.q = nn.Sequential(steps)
+        self.kv_compress = nn.Linear(d_model, C + R, bias=bias)
+        self.kv_norm = RMSNorm(C, config.latent_norm_epsilon)
+        self.kv_expand = nn.Linear(C, H * (P + M), bias=False)
+        self.o = nn.Linear(H * M, d_model, bias=bias)
+        self.scale = (P + R) ** -0.5 * config.rope.softmax_multiplier
+
+    def make_cache(self, batch_size: int, max_length: int, rollback: int = 0) -> LayerCache:
+        width = self.config.kv_rank + self.config.rope.width  # `rollback` of any size is possible
+        return LayerCache(batch_size, max_length, [width], like=self.kv_compress.weight)
+
+    def forward(self, x_BTD: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+        c, rope = self.config, self.config.rope
+        q_BTHp = rearrange(self.q(x_BTD), "B T (H p) -> B T H p", H=c.num_heads)
+        q_BTHP, q_BTHR = q_BTHp.split([c.nope_width, rope.width], dim=-1)
+        q_BTHR = rotate(q_BTHR, rope, positions)
+        latent_BTC, key_BTR = self.kv_compress(x_BTD).split([c.kv_rank, rope.width], dim=-1)
+        key_BTR = rotate(key_BTR[:, :, None], rope, positions).squeeze(2)
+        kept_BSW = torch.cat([self.kv_norm(latent_BTC), key_BTR], dim=-1)
+        keys_BS = None
+        if cache is not None:
+            (kept_BSW,), keys_BS = cache.append(kept_BSW, counts=positions.counts)
+        absorbing = absorbing_pays(x_BTD.shape[1], kept_BSW.shape[1], c)
+        form = self.absorbed if absorbing else self.expanded
+        return self.o(form(q_BTHP, q_BTHR, kept_BSW, positions, keys_BS).flatten(2))
+
+    def expanded(
+        self,
+        q_BTHP: Tensor,
+        q_BTHR: Tensor,
+        kept_BSW: Tensor,
+        positions: Positions,
+        keys_BS: Tensor | None,
+    ) -> Tensor:
+        """Attend per head to keys and values made from the latents; (B, T, H, M)."""
+        c = self.config
+        latent_BSC, key_BSR = kept_BSW.split([c.kv_rank, c.rope.width], dim=-1)
+        kv_BHSm = rearrange(self.kv_expand(latent_BSC), "B S (H p) -> B H S p", H=c.num_heads)
+        k_BHSP, v_BHSM = kv_BHSm.split([c.nope_width, c.value_width], dim=-1)
+        shared_BHSR = key_BSR[:, None].expand(-1, c.num_heads, -1, -1)
+        q_BHTp = torch.cat([q_BTHP, q_BTHR], dim=-1).transpose(1, 2)
+        k_BHSp = torch.cat([k_BHSP, shared_BHSR], dim=-1)
+        y_BHTM = attend(q_BHTp, k_BHSp, v_BHSM, positions, keys_BS, self.scale)
+        return y_BHTM.transpose(1, 2)
+
+    def absorbed(
+        self,
+        q_BTHP: Tensor,
+        q_BTHR: Tensor,
+        kept_BSW: Tensor,
+        positions: Positions,
+        keys_BS: Tensor | None,
+    ) -> Tensor:
+        """Attend in the latent space, all heads to the same latents; (B, T, H, M).
+
+        The heads are laid out as further query rows of one head, and the values are the whole
+        kept entries (of the result only the latent part is used): one fast kernel, no copies.
+        """
+        c = self.config
+        weight_HpC = rearrange(self.kv_expand.weight, "(H p) C -> H p C", H=c.num_heads)
+        w_uk_HPC, w_uv_HMC = weight_HpC.split([c.nope_width, c.value_width], dim=1)
+        q_BTHC = torch.einsum("BTHP,HPC->BTHC", q_BTHP, w_uk_HPC)
+        q_B1tW = torch.cat([q_BTHC, q_BTHR], dim=-1).flatten(1, 2)[:, None]
+        mask_B1tS = visible(positions, keys_BS).repeat_interleave(c.num_heads, dim=2)
+        kept_B1SW = kept_BSW[:, None]
+        y_B1tW = F.scaled_dot_product_attention(
+            q_B1tW, kept_B1SW, kept_B1SW, attn_mask=mask_B1tS, scale=self.scale
+        )
+        y_BTHC = rearrange(y_B1tW[..., : c.kv_rank], "B 1 (T H) C -> B T H C", H=c.num_heads)
+        return torch.einsum("BTHC,HMC->BTHM", y_BTHC, w_uv_HMC)
+
+
+def absorbing_pays(num_new: int, num_positions: int, config: MLAConfig) -> bool:
+    """The rule that picks the form: whichever multiplies less for T new tokens among S positions.
+
+    Per head, expanding costs C (P + M) for each of the S latents and attending (P + R) + M for
+    each pair; absorbing costs C (P + M) for each of the T queries and (C + R) + C for each pair.
+    Decoding therefore absorbs, a long prefill expands.
+    """
+    C, R = config.kv_rank, config.rope.width
+    P, M = config.nope_width, config.value_width
+    T, S = num_new, num_positions
+    expanded = S * C * (P + M) + T * S * (P + R + M)
+    absorbed = T * C * (P + M) + T * S * (C + R + C)
+    return absorbed < expanded

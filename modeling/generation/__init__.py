@@ -1,0 +1,1 @@
+"""Text from a model: decoding, sampling, drafting with MTP modules."""
