@@ -63,15 +63,28 @@ def check_regular(path: Path) -> None:
         raise CheckpointError(f"{path}: not a regular file")
 
 
+class NamedInt(int):
+    """A whole number that knows the key it stood under."""
+
+    published_name: str
+
+
+class NamedFloat(float):
+    """A number that knows the key it stood under."""
+
+    published_name: str
+
+
 class Fields:
     """Typed access to a published config. Remembers what was asked for, so the rest can be listed.
 
     Every reader takes the key, or several spellings of it, the first present one winning, and an
     optional default; without one the key is required. A null counts as absent.
+    named: give numbers that know their keys, so that a `ConfigError` about one names its key.
     """
 
-    def __init__(self, raw: Mapping[str, Any], where: str = "") -> None:
-        self.raw, self.where = raw, where
+    def __init__(self, raw: Mapping[str, Any], where: str = "", named: bool = False) -> None:
+        self.raw, self.where, self.named = raw, where, named
         self.asked: set[str] = set()
         self.parts: list[Fields] = []  # sections that describe a model themselves
 
@@ -86,7 +99,7 @@ class Fields:
         whole = isinstance(value, int) and not isinstance(value, bool)
         expected = f"a whole number from {at_least} to {at_most}"
         self.check(whole and at_least <= value <= at_most, key, value, expected)
-        return value
+        return self.give(NamedInt, key, value)
 
     def number(
         self,
@@ -101,7 +114,7 @@ class Fields:
         expected = "a finite number" + "".join(rule for rule, holds in limits.items() if holds)
         finite = real and at_least <= value <= sys.float_info.max and value > above
         self.check(finite, key, value, expected)
-        return float(value)
+        return self.give(NamedFloat, key, float(value))
 
     def flag(self, *keys: str, default: bool | None = None) -> bool:
         key, value = self.find(keys, default)
@@ -154,7 +167,7 @@ class Fields:
         """The object under the first of `keys` that is present; None if none is."""
         key, value = self.find(keys, {})
         self.check(isinstance(value, dict), key, value, "an object")
-        return Fields(value, f"{self.where}{key}.") if value else None
+        return Fields(value, f"{self.where}{key}.", self.named) if value else None
 
     def has(self, *keys: str) -> bool:
         self.asked.update(keys)
@@ -163,6 +176,13 @@ class Fields:
     def unread(self) -> list[str]:
         """Keys that nothing asked for."""
         return sorted(set(self.raw) - self.asked)
+
+    def give(self, kind: type, key: str, value: Any) -> Any:
+        if not self.named:
+            return value
+        named = kind(value)
+        named.published_name = self.where + key
+        return named
 
     def find(self, keys: Sequence[str], default: Any) -> tuple[str, Any]:
         self.asked.update(keys)

@@ -39,11 +39,20 @@ def interpreted(path: Path) -> tuple[ModelConfig, Fields]:
     try:
         if quantization := quantization_of(fields):
             check_method(quantization)
-        config = FAMILIES[name].read_config(fields)
+        config = read_by_family(FAMILIES[name], fields)
         refuse_unread_mechanisms(fields, name)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
     return config, fields
+
+
+def read_by_family(family: Family, fields: Fields) -> ModelConfig:
+    """What an adapter makes of a config; a ConfigError names the published key if there is one."""
+    try:
+        return family.read_config(fields)
+    except ConfigError:
+        family.read_config(Fields(fields.raw, fields.where, named=True))
+        raise
 
 
 def quantization_of(fields: Fields) -> dict[str, Any]:

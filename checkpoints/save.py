@@ -88,7 +88,7 @@ def published_config(model: Transformer, dtype: torch.dtype | None) -> dict[str,
         raise CheckpointError(f"the model's config.published: {error}") from None
     if described != model.config:
         raise CheckpointError("config.published does not describe this model: make them agree")
-    return with_dtype(model.config.published, model.embed.weight.dtype, dtype)
+    return with_dtype(model.config.published, model.dtype, dtype)
 
 
 def with_dtype(

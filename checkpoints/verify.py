@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modeling import ModelConfig
-from moe import MoEConfig
+from moe import TopK
 
 from .config_file import CheckpointError, Fields
 from .contents import Contents, compare
@@ -123,8 +123,9 @@ def tensor_errors(
     if ours.endswith("selection_bias"):
         layer = int(ours.split(".")[1])
         moe = (config.layers + config.mtp.blocks)[layer].feed_forward
-        if isinstance(moe, MoEConfig) and moe.num_groups == 1:
-            yield from shut_out(name, tensor.flatten(), moe.top_k)
+        router = getattr(moe, "router", None)
+        if isinstance(router, TopK) and router.num_groups == 1:
+            yield from shut_out(name, tensor.flatten(), router.top_k)
 
 
 def unwritten(name: str, stack: Tensor) -> Iterator[str]:

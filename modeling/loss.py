@@ -3,15 +3,23 @@
 Shapes: B batch, T positions, D model width, V vocabulary, n targets that count.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
-from torch.nn.functional import linear_cross_entropy
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .linear import plain_weight
+
+AT_ONCE = 512  # positions
 
 
 def next_token_loss(
     states_BtD: Tensor,
-    head_VD: Tensor,
+    head: nn.Module | Tensor,
     tokens_BT: Tensor,
     ahead: int = 1,
     mask_BT: Tensor | None = None,
@@ -21,24 +29,46 @@ def next_token_loss(
 
     states_BtD: of `Transformer.hidden_states`, or of an MTP depth, which has fewer positions than
     there are tokens; positions whose target lies behind the last token are left out.
+    head: `Transformer.head`, or whatever took its place; a (V, D) weight stands for the plain one.
     mask_BT: True where a token counts as a target. documents_BT: the number of the document that
-    a token belongs to; no position then answers for a token of another one. head_VD: the head's
-    weight. Without any target left the loss is zero. The result has the dtype of the states. The
-    logits of all positions never exist together: torch runs head and loss chunk by chunk.
+    a token belongs to; no position then answers for a token of another one. Without any target
+    left the loss is zero. The result has the dtype of the states. The logits of all positions never
+    exist together.
     """
     target_Bt = tokens_BT[:, ahead:]
     states_BtD = states_BtD[:, : target_Bt.shape[1]]
     if mask_BT is None and documents_BT is None:
         states_nD, target_n = states_BtD.flatten(0, 1), target_Bt.flatten()
     else:
-        counted_Bt = counted(target_Bt, ahead, mask_BT, documents_BT)
+        counted_Bt = which_count(target_Bt, ahead, mask_BT, documents_BT)
         states_nD, target_n = states_BtD[counted_Bt], target_Bt[counted_Bt]
     if len(target_n) == 0:
         return states_nD.sum()
-    return linear_cross_entropy(states_nD, head_VD, target_n, options=LinearCrossEntropyOptions())
+    if isinstance(head, nn.Module):
+        head_VD = plain_weight(head)
+        if head_VD is None:
+            return loss_in_pieces(states_nD, head, target_n)
+    else:
+        head_VD = head
+    options = LinearCrossEntropyOptions()  # torch runs head and loss piece by piece
+    return F.linear_cross_entropy(states_nD, head_VD, target_n, options=options)
 
 
-def counted(
+def loss_in_pieces(states_nD: Tensor, head: nn.Module, target_n: Tensor) -> Tensor:
+    """The mean cross-entropy of a head that is called; its logits are made again for gradients."""
+
+    def summed_loss(states_nD: Tensor, target_n: Tensor) -> Tensor:
+        logits_nV = head(states_nD)
+        wide_dtype = torch.promote_types(logits_nV.dtype, torch.float32)
+        return F.cross_entropy(logits_nV.to(wide_dtype), target_n, reduction="sum")
+
+    remade = partial(checkpoint, summed_loss, use_reentrant=False)
+    pieces = zip(states_nD.split(AT_ONCE), target_n.split(AT_ONCE), strict=True)
+    total = torch.stack([remade(*piece) for piece in pieces]).sum()
+    return (total / len(target_n)).to(states_nD.dtype)
+
+
+def which_count(
     target_Bt: Tensor, ahead: int, mask_BT: Tensor | None, documents_BT: Tensor | None
 ) -> Tensor:
     """Which targets count, (B, t), as `next_token_loss` says."""
@@ -48,3 +78,31 @@ def counted(
     if documents_BT is not None:
         counted_Bt &= documents_BT[:, ahead:] == documents_BT[:, :-ahead]
     return counted_Bt
+
+
+def mtp_loss(
+    depth_states: Sequence[Tensor],
+    heads: Sequence[nn.Module | Tensor],
+    tokens_BT: Tensor,
+    depth_weights: Sequence[float],
+    mask_BT: Tensor | None = None,
+    documents_BT: Tensor | None = None,
+) -> Tensor:
+    """sum_k weight_k * cross-entropy of depth k (DeepSeek-V3, equations 24 and 25).
+
+    depth_states: of `Transformer.mtp_hidden_states` for tokens_BT; heads: `Transformer.mtp_heads`.
+    The paper's lambda / D is depth_weights = [lambda / D] * D. mask_BT, documents_BT: as in
+    `next_token_loss`.
+    Raises ValueError unless there is one weight per depth.
+    """
+    if len(depth_weights) != len(depth_states):
+        raise ValueError(
+            f"{len(depth_weights)} depth weights for {len(depth_states)} MTP depths: give one each"
+        )
+    losses = [
+        weight * next_token_loss(states_BtD, head, tokens_BT, 1 + depth, mask_BT, documents_BT)
+        for depth, (weight, states_BtD, head) in enumerate(
+            zip(depth_weights, depth_states, heads, strict=True), start=1
+        )
+    ]
+    return torch.stack(losses).sum()

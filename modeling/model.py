@@ -3,22 +3,28 @@
 Shapes: B batch, T new tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import assert_never, cast
+from inspect import signature
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from moe import FeedForward, MoE, MoEConfig
+from moe import is_traced
 
-from .attention.gqa import GroupedQueryAttention
-from .attention.mla import MultiHeadLatentAttention
 from .cache import Cache, LayerCache
-from .config import DenseConfig, GQAConfig, LayerConfig, MLAConfig, ModelConfig
-from .mtp import MTPModule, States, embedding, first_state, next_state
+from .config import Attention, LayerConfig, ModelConfig
+from .mtp import MTPModule, first_state, next_state
 from .norm import RMSNorm
-from .rope import Positions
+from .step import Step
+
+
+class States(NamedTuple):
+    """What the last block leaves at every position, before and after the norm before the head."""
+
+    raw_BTD: Tensor
+    normed_BTD: Tensor
 
 
 class Block(nn.Module):
@@ -29,68 +35,57 @@ class Block(nn.Module):
 
     def __init__(self, d_model: int, norm_epsilon: float, config: LayerConfig) -> None:
         super().__init__()
-        self.attention: GroupedQueryAttention | MultiHeadLatentAttention
-        self.feed_forward: nn.Module
-        before = partial(norm_or_nothing, config.norm_before, d_model, norm_epsilon)
-        after = partial(norm_or_nothing, config.norm_after, d_model, norm_epsilon)
+        norm = partial(RMSNorm, d_model, norm_epsilon)
+        before, after = (
+            norm if wanted else nn.Identity for wanted in (config.norm_before, config.norm_after)
+        )
         self.attention_norm = before()
-        match config.attention:
-            case GQAConfig() as gqa:
-                self.attention = GroupedQueryAttention(d_model, gqa)
-            case MLAConfig() as mla:
-                self.attention = MultiHeadLatentAttention(d_model, mla)
-            case other:
-                assert_never(other)
+        self.attention = cast(Attention, config.attention.build(d_model))
         self.attention_output_norm = after()
         self.feed_forward_norm = before()
-        match config.feed_forward:
-            case DenseConfig(width=width):
-                self.feed_forward = FeedForward(d_model, width)
-            case MoEConfig() as moe:
-                self.feed_forward = MoE(d_model, moe)
-            case unknown:
-                assert_never(unknown)
+        self.feed_forward = config.feed_forward.build(d_model)
         self.feed_forward_output_norm = after()
         self.residual_multiplier = config.residual_multiplier
 
-    def forward(self, x_BTD: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
-        y_BTD = self.attention(self.attention_norm(x_BTD), positions, cache)
-        x_BTD = self.added(x_BTD, self.attention_output_norm(y_BTD))
+    def forward(self, x_BTD: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
+        y_BTD = self.attention(self.attention_norm(x_BTD), step, cache)
+        x_BTD = self.add_residual(x_BTD, self.attention_output_norm(y_BTD))
         y_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
-        return self.added(x_BTD, self.feed_forward_output_norm(y_BTD))
+        return self.add_residual(x_BTD, self.feed_forward_output_norm(y_BTD))
 
-    def added(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
+    def add_residual(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
         return torch.add(x_BTD, y_BTD, alpha=self.residual_multiplier)
 
 
-def norm_or_nothing(wanted: bool, d_model: int, epsilon: float) -> nn.Module:
-    return RMSNorm(d_model, epsilon) if wanted else nn.Identity()
+def make_embedding(vocab_size: int, d_model: int) -> nn.Embedding:
+    """Not nn.Embedding(V, D), which draws numbers that `reset_parameters` draws again."""
+    return nn.Embedding.from_pretrained(torch.empty(vocab_size, d_model), freeze=False)
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model with its multi-token-prediction modules.
+    """A decoder-only language model with its multi-token-prediction modules, ready to train.
 
     `mtp` is keyed by layer number, counted on from the main layers: the first module of a model
-    of 61 layers is `mtp["61"]`, which is where published checkpoints keep it. Weights of a new
-    model are whatever `torch.empty` finds; load them, or call `initialize`.
+    of 61 layers is `mtp["61"]`, which is where published checkpoints keep it.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        D, epsilon = config.d_model, config.norm_epsilon
-        self.embed = embedding(config.vocab_size, D)
+        D, V, epsilon = config.d_model, config.vocab_size, config.norm_epsilon
+        make_head = partial(nn.Linear, D, V, bias=False)
+        self.embed = make_embedding(V, D)
         self.layers = nn.ModuleList(Block(D, epsilon, layer) for layer in config.layers)
         self.norm = RMSNorm(D, epsilon)
-        self.head = nn.Linear(D, config.vocab_size, bias=False)
+        self.head = make_head()
         if config.tied_embeddings:
             self.head.weight = self.embed.weight
-        self.mtp = nn.ModuleDict(
-            {
-                str(len(config.layers) + j): MTPModule(config, Block(D, epsilon, layer))
-                for j, layer in enumerate(config.mtp.blocks)
-            }
-        )
+        self.mtp = nn.ModuleDict()
+        for number, layer in enumerate(config.mtp.blocks, start=len(config.layers)):
+            embed = make_embedding(V, D) if config.mtp.own_embedding else None
+            head = make_head() if config.mtp.own_head else None
+            self.mtp[str(number)] = MTPModule(config, Block(D, epsilon, layer), embed, head)
+        self.reset_parameters()
 
     def forward(
         self, tokens_BT: Tensor, cache: Cache | None = None, logits_to_keep: int | None = None
@@ -122,38 +117,39 @@ class Transformer(nn.Module):
         if cache is not None and len(lengths) != len(tokens_BT):
             raise ValueError(f"{len(tokens_BT)} rows of tokens for a cache of {len(lengths)}")
         x_BTD = self.embed(tokens_BT) * self.config.embedding_multiplier
-        positions = new_positions(lengths, tokens_BT, counts)
+        step = Step.behind(lengths, tokens_BT, counts)
         for i, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, positions, None if cache is None else cache.layers[i])
-        return self.states(x_BTD, self.norm)
+            x_BTD = layer(x_BTD, step, None if cache is None else cache.layers[i])
+        return self.norm_states(x_BTD, self.norm)
 
-    def states(self, x_BTD: Tensor, norm: nn.Module) -> States:
+    def norm_states(self, x_BTD: Tensor, norm: nn.Module) -> States:
         """What a last block leaves, with what the head reads of it."""
         # the head is linear: what scales its input scales the logits, in the loss as well
         return States(x_BTD, norm(x_BTD) * self.config.logits_multiplier)
 
     def logits(self, x_BTD: Tensor, module: MTPModule | None = None) -> Tensor:
         """The head on normed states, of an MTP module if one is named, in float32 at least."""
-        own = None if module is None else module.head
-        logits_BTV = (own or self.head)(x_BTD)
+        head = self.head if module is None else module.head or self.head
+        logits_BTV = head(x_BTD)
         return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
 
     def make_cache(self, batch_size: int, max_length: int, rollback: int = 0) -> Cache:
-        """An empty cache on the model's device and in its dtype, for the main layers.
+        """An empty cache for the main layers.
 
-        rollback: how many positions it can be truncated by, at any time, where layers have
-        windows; layers without can be truncated to any length.
+        rollback: how many positions it can be truncated by, at any time; layers that keep every
+        entry can be truncated to any length.
         """
-        layers = cast(list[Block], self.layers)
-        sizes = batch_size, max_length, rollback
-        return Cache([layer.attention.make_cache(*sizes) for layer in layers])
+        return Cache(self.make_caches(self.layers, batch_size, max_length, rollback))
 
-    def make_mtp_caches(
-        self, batch_size: int, max_length: int, rollback: int = 0
-    ) -> list[LayerCache]:
-        """An empty cache for each MTP module."""
-        blocks = [cast(Block, module.block) for module in self.mtp_modules]
-        return [block.attention.make_cache(batch_size, max_length, rollback) for block in blocks]
+    def make_mtp_caches(self, *sizes: int) -> list[LayerCache]:
+        """An empty cache for each MTP module; sizes as of `make_cache`."""
+        return self.make_caches([module.block for module in self.mtp_modules], *sizes)
+
+    def make_caches(self, blocks: Iterable[nn.Module], *sizes: int) -> list[LayerCache]:
+        caches = [cast(Block, block).attention.make_cache(*sizes) for block in blocks]
+        for cache in caches:  # so that bytes can be asked for; the first append may find otherwise
+            cache.allocate(self.dtype, self.device)
+        return caches
 
     def mtp_logits(self, tokens_BT: Tensor) -> list[Tensor]:
         """Logits of depths k = 1, 2, ...: (B, T - k, V); position i predicts token i + 1 + k."""
@@ -166,23 +162,19 @@ class Transformer(nn.Module):
         for k, module in enumerate(self.mtp_modules, start=1):
             next_Bt = tokens_BT[:, k:]
             read_BtD = read_BtD[:, : next_Bt.shape[1]]
-            left = self.mtp_step(module, read_BtD, next_Bt, new_positions([0], next_Bt), None)
-            depths.append(left.normed_BTD)
-            read_BtD = next_state(self.config.mtp, read_BtD, left)
+            made = self.mtp_step(module, read_BtD, Step.behind([0], next_Bt), None)
+            depths.append(made.normed_BTD)
+            read_BtD = next_state(self.config.mtp, read_BtD, made)
         return depths
 
     def mtp_step(
-        self,
-        module: MTPModule,
-        state_BTD: Tensor,
-        tokens_BT: Tensor,
-        positions: Positions,
-        cache: LayerCache | None,
+        self, module: MTPModule, state_BTD: Tensor, step: Step, cache: LayerCache | None
     ) -> States:
-        """One module on states and the tokens that it embeds beside them."""
-        embedding_BTD = (module.embed or self.embed)(tokens_BT) * self.config.embedding_multiplier
-        x_BTD = module(state_BTD, embedding_BTD, positions, cache)
-        return self.states(x_BTD, module.norm or self.norm)
+        """One module on states and the step's tokens, which it embeds beside them."""
+        embedding_BTD = (module.embed or self.embed)(step.tokens_BT)
+        embedding_BTD = embedding_BTD * self.config.embedding_multiplier
+        x_BTD = module(state_BTD, embedding_BTD, step, cache)
+        return self.norm_states(x_BTD, module.norm or self.norm)
 
     @property
     def mtp_modules(self) -> list[MTPModule]:
@@ -190,47 +182,76 @@ class Transformer(nn.Module):
         return [cast(MTPModule, module) for module in self.mtp.values()]
 
     @property
-    def mtp_heads(self) -> list[Tensor]:
-        """The (V, D) weight of the head that each depth is read with."""
-        return [(module.head or self.head).weight for module in self.mtp_modules]
+    def mtp_heads(self) -> list[nn.Module]:
+        """The head that each depth is read with."""
+        return [module.head or self.head for module in self.mtp_modules]
+
+    @property
+    def numbered_layers(self) -> Mapping[int, nn.Module]:
+        """Every layer by its number, MTP modules counted on from the main ones."""
+        return dict(enumerate([*self.layers, *self.mtp.values()]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the states between the layers."""
+        return self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
 
     def check_tokens(self, tokens_BT: Tensor) -> None:
         if tokens_BT.dim() != 2 or tokens_BT.dtype != torch.int64:
             found = f"{tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}"
             raise ValueError(f"tokens must be int64 of shape (batch, length), not {found}")
         bad = (tokens_BT < 0) | (tokens_BT >= self.config.vocab_size)
-        if not tokens_BT.is_meta and bad.any():
+        if not is_traced(tokens_BT) and bad.any():
             row, position = bad.nonzero()[0].tolist()
             raise ValueError(
                 f"token id {tokens_BT[row, position].item()} at position {position} of row {row} "
                 f"is outside the vocabulary of {self.config.vocab_size}"
             )
 
-    @torch.no_grad()
     def initialize(self, std: float, seed: int) -> None:
-        """Draw every matrix from a normal distribution; norms start at 1, biases and sinks at 0.
+        """`reset_parameters` from a seed of its own, which leaves torch's generator as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.reset_parameters(std)
 
-        Projections that write to the residual stream get std / sqrt(2 layers) (GPT-2, section
-        2.3), so that its variance does not grow with depth.
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw every weight: matrices from a normal distribution, and the rest as its module says.
+
+        Every module that owns parameters has `reset_parameters`, with `std` as an argument if it
+        owns matrices, and what it leaves undrawn is an error. What writes to the residual stream,
+        the `residual_outputs` of a module, is narrowed by sqrt(2 layers) (GPT-2, section 2.3), so
+        that its variance does not grow with depth. On the meta device nothing is drawn.
         """
-        generator = torch.Generator().manual_seed(seed)
-        into_residual = std / (2 * len(self.layers)) ** 0.5
-        for name, parameter in self.named_parameters():
-            if name.endswith(("bias", "sinks")):
-                parameter.zero_()
-            elif parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                writes = name.endswith(("attention.o.weight", "down", "down.weight"))
-                drawn = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(drawn * (into_residual if writes else std))
+        for path, module in self.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if own and not self.embed.weight.is_meta:
+                draw_own(path, module, own, std)
+        for module in self.modules():
+            for name in getattr(module, "residual_outputs", ()):
+                module.get_parameter(name).mul_((2 * len(self.layers)) ** -0.5)
 
 
-def new_positions(
-    lengths: list[int], tokens_BT: Tensor, counts: Sequence[int] | None = None
-) -> Positions:
-    """The positions that new tokens take behind rows of these lengths."""
-    T, device = tokens_BT.shape[1], tokens_BT.device
-    rows = lengths[:1] if len(set(lengths)) == 1 else lengths
-    indices_BT = torch.tensor(rows, device=device)[:, None] + torch.arange(T, device=device)
-    return Positions(indices_BT, counts)
+def draw_own(path: str, module: nn.Module, own: Mapping[str, nn.Parameter], std: float) -> None:
+    """Draw the parameters that a module owns; TypeError if it does not say how they begin."""
+    what, reset = f"{path}, a {type(module).__name__},", getattr(module, "reset_parameters", None)
+    if reset is None or isinstance(module, Transformer):
+        raise TypeError(f"{what} owns {', '.join(own)} and has no reset_parameters")
+    for parameter in own.values():
+        parameter.fill_(float("nan"))
+    if getattr(type(module), "reset_parameters", None) in DRAWN_BY_TORCH:
+        own["weight"].normal_(std=std)
+        if "bias" in own:
+            own["bias"].zero_()
+    else:
+        reset(**({"std": std} if "std" in signature(reset).parameters else {}))
+    for name, parameter in own.items():
+        if not parameter.isfinite().all():
+            raise TypeError(f"{what} has a reset_parameters that does not set {name}")
+
+
+DRAWN_BY_TORCH = nn.Linear.reset_parameters, nn.Embedding.reset_parameters  # with no deviation

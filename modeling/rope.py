@@ -13,23 +13,59 @@ width, R rotated width.
 """
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from .config import RopeConfig, YarnConfig
+from moe import Config, Count, Limit, Positive, one_of
+
+from .step import Step
+
+Even = Annotated[int, Limit("an even number >= 2", lambda width: width >= 2 and width % 2 == 0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnConfig(Config):
+    """YaRN's change of the rotary frequencies (Peng et al. 2023, section 3.2)."""
+
+    factor: Annotated[float, Limit("a number >= 1", lambda factor: factor >= 1)]
+    original_length: Count  # positions the model was trained on before the change
+    beta_fast: Positive = 32.0  # rotations over original_length above which a frequency is kept
+    beta_slow: Positive = 1.0  # rotations below which it is divided by factor
+    truncate: bool = True  # round the ends of the ramp between the two outwards
+
+    def check(self) -> None:
+        self.require(self.beta_fast >= self.beta_slow, "beta_fast", "be >= {beta_slow}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig(Config):
+    """Rotary positions. YaRN's two corrections are two numbers here, computed by whoever knows.
+
+    `amplitude` multiplies cos and sin, so a score by its square; `softmax_multiplier` multiplies
+    the softmax scale and therefore the part of a head that is not rotated too.
+    """
+
+    width: Even  # how many dimensions are rotated, in pairs
+    theta: Annotated[float, Limit("a number > 1", lambda theta: theta > 1)] = 10000.0
+    # which dimensions form a pair: (i, i + width/2) or (2i, 2i + 1)
+    layout: Annotated[str, one_of(("half", "interleaved"))] = "half"
+    yarn: YarnConfig | None = None
+    amplitude: Positive = 1.0
+    softmax_multiplier: Positive = 1.0
 
 
 def inverse_frequencies(rope: RopeConfig) -> Tensor:
     """Radians per position of each pair, float32 (R/2,)."""
     steps_r = torch.arange(0, rope.width, 2, dtype=torch.float32) / rope.width
     inverse_r = 1.0 / (rope.theta**steps_r)
-    return inverse_r if rope.yarn is None else stretched(inverse_r, rope, rope.yarn)
+    return inverse_r if rope.yarn is None else apply_yarn(inverse_r, rope, rope.yarn)
 
 
-def stretched(inverse_r: Tensor, rope: RopeConfig, yarn: YarnConfig) -> Tensor:
-    """YaRN: fast pairs keep their frequency, slow ones are divided by factor, a ramp between."""
+def apply_yarn(inverse_r: Tensor, rope: RopeConfig, yarn: YarnConfig) -> Tensor:
+    """Fast pairs keep their frequency, slow ones are divided by `factor`, a ramp lies between."""
 
     def pair_rotating(times: float) -> float:
         """The (fractional) pair that makes this many rotations over the original length."""
@@ -47,33 +83,23 @@ def stretched(inverse_r: Tensor, rope: RopeConfig, yarn: YarnConfig) -> Tensor:
     return inverse_r / yarn.factor * ramp_r + inverse_r * (1 - ramp_r)
 
 
-class Positions:
-    """Where the new tokens stand, and each rope's cos and sin there, computed once per forward.
-
-    counts: how many of the T tokens are real, row by row, where rows are padded; None: all.
-    """
-
-    def __init__(self, indices_BT: Tensor, counts: Sequence[int] | None = None) -> None:
-        self.indices_BT, self.counts = indices_BT, counts
-        self._tables: dict[RopeConfig, tuple[Tensor, Tensor]] = {}
-
-    def table(self, rope: RopeConfig) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each float32 (B, T, R/2), with the rope's amplitude in both."""
-        if rope not in self._tables:
-            inverse_r = inverse_frequencies(rope).to(self.indices_BT.device)
-            angle_BTr = self.indices_BT[..., None].float() * inverse_r
-            self._tables[rope] = angle_BTr.cos() * rope.amplitude, angle_BTr.sin() * rope.amplitude
-        return self._tables[rope]
+def rope_table(rope: RopeConfig, step: Step) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each float32 (B, T, R/2), with the rope's amplitude in both; once per forward."""
+    if rope not in step.shared:
+        inverse_r = inverse_frequencies(rope).to(step.positions_BT.device)
+        angle_BTr = step.positions_BT[..., None].float() * inverse_r
+        step.shared[rope] = angle_BTr.cos() * rope.amplitude, angle_BTr.sin() * rope.amplitude
+    return step.shared[rope]
 
 
-def rotate(x_BTHP: Tensor, rope: RopeConfig, positions: Positions) -> Tensor:
+def rotate(x_BTHP: Tensor, rope: RopeConfig, step: Step) -> Tensor:
     """Rotate the first `rope.width` dimensions of each head to its position; (B, T, H, P)."""
     wide_dtype = torch.promote_types(x_BTHP.dtype, torch.float32)
-    turning_BTHR, still = x_BTHP.to(wide_dtype).tensor_split([rope.width], dim=-1)
-    cos_BTHr, sin_BTHr = (table_BTr[:, :, None] for table_BTr in positions.table(rope))
+    rotated_BTHR, rest = x_BTHP.to(wide_dtype).tensor_split([rope.width], dim=-1)
+    cos_BTHr, sin_BTHr = (table_BTr[:, :, None] for table_BTr in rope_table(rope, step))
     pair_axis = -2 if rope.layout == "half" else -1
     pair_shape = (2, -1) if rope.layout == "half" else (-1, 2)
-    first, second = turning_BTHR.unflatten(-1, pair_shape).unbind(pair_axis)
-    turned = (first * cos_BTHr - second * sin_BTHr, second * cos_BTHr + first * sin_BTHr)
-    turned_BTHR = torch.stack(turned, dim=pair_axis).flatten(-2)
-    return torch.cat([turned_BTHR, still], dim=-1).to(x_BTHP.dtype)
+    first, second = rotated_BTHR.unflatten(-1, pair_shape).unbind(pair_axis)
+    pairs = (first * cos_BTHr - second * sin_BTHr, second * cos_BTHr + first * sin_BTHr)
+    rotated_BTHR = torch.stack(pairs, dim=pair_axis).flatten(-2)
+    return torch.cat([rotated_BTHR, rest], dim=-1).to(x_BTHP.dtype)

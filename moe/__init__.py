@@ -1,51 +1,17 @@
 """Sparse mixture-of-experts feed-forward layers. Needs torch only and knows no transformer."""
 
 from .balance import (
+    count_tokens,
     expert_balance_loss,
     expert_load,
     router_z_loss,
     sequence_balance_loss,
     updated_selection_bias,
 )
-from .config import (
-    Clamp,
-    ConfigError,
-    MoEConfig,
-    require,
-    require_choice,
-    require_flag,
-    require_int,
-    require_number,
-)
+from .config import Config, ConfigError, Count, Limit, Positive, Size, check_types, one_of
 from .experts import Biases, Experts, experts_grouped, experts_loop
-from .feed_forward import FeedForward
-from .layer import MoE
+from .feed_forward import Clamp, DenseConfig, FeedForward
+from .layer import MoE, MoEConfig
 from .record import record_routing, routers
-from .routing import Router, Routing, route
-
-__all__ = [
-    "Biases",
-    "Clamp",
-    "ConfigError",
-    "Experts",
-    "FeedForward",
-    "MoE",
-    "MoEConfig",
-    "Router",
-    "Routing",
-    "expert_balance_loss",
-    "expert_load",
-    "experts_grouped",
-    "experts_loop",
-    "record_routing",
-    "require",
-    "require_choice",
-    "require_flag",
-    "require_int",
-    "require_number",
-    "route",
-    "router_z_loss",
-    "routers",
-    "sequence_balance_loss",
-    "updated_selection_bias",
-]
+from .routing import ExpertChoice, Router, RouterConfig, Routing, TopK, TopP
+from .segments import is_traced

@@ -1,116 +1,105 @@
-"""What one sparse layer is, as data. Says what the architecture is, never whose it is."""
+"""Configs: data that says what a part of a model is, checks itself, and builds the part.
 
-from dataclasses import dataclass
+A field's annotation is its rule. `Count` is a whole number from 1 on, `Literal["max", "sum"]` one
+of two words, `tuple[LayerConfig, ...]` what it says; a rule between fields stands in `check`.
+"""
 
-from .scoring import GROUP_SCORES, SCORING
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
     """A configuration field has a value that no model can have; names field, value and rule."""
 
 
-def require(holds: bool, field: str, value: object, rule: str) -> None:
-    """Raise `ConfigError` naming `field`, `value` and `rule` unless `holds`."""
-    if not holds:
-        raise ConfigError(f"{field} = {value!r}: {rule}")
+class Limit(NamedTuple):
+    """A rule for one value, to stand in `Annotated[type, Limit(...)]`."""
+
+    words: str  # what the value must be
+    holds: Callable[[Any], bool]
 
 
-def require_int(field: str, value: object, *, at_least: int = 1) -> None:
-    """Raise `ConfigError` unless `value` is a whole number (and no bool) of at least `at_least`."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole and value >= at_least, field, value, f"must be a whole number >= {at_least}")  # type: ignore[operator]
+def one_of(known: Collection[str]) -> Limit:
+    """Any of these words; of a table its keys, now and when it grows."""
+    return Limit(f"one of {', '.join(known)}", lambda value: value in known)
 
 
-def require_number(field: str, value: object, above: float, below: float) -> None:
-    """Raise `ConfigError` unless `value` is a number (and no bool) strictly between the two."""
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    rule = f"must be a number between {above} and {below}"
-    require(real and above < value < below, field, value, rule)  # type: ignore[operator]
+Count = Annotated[int, Limit("a whole number >= 1", lambda value: value >= 1)]
+Size = Annotated[int, Limit("a whole number >= 0", lambda value: value >= 0)]
+Positive = Annotated[float, Limit("a number > 0", lambda value: value > 0)]
+
+PLAIN = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
 
 
-def require_flag(field: str, value: object) -> None:
-    """Raise `ConfigError` unless `value` is True or False."""
-    require(isinstance(value, bool), field, value, "must be True or False")
+def broken_rule(value: object, hint: Any) -> str | None:
+    """What `value` must be to have the type `hint`, in words; None if it is."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits = [limit for limit in parts[1:] if isinstance(limit, Limit)]
+        broken = broken_rule(value, parts[0])
+        if broken is None:
+            return next((limit.words for limit in limits if not limit.holds(value)), None)
+        return limits[0].words if limits else broken
+    if origin in (Union, UnionType):
+        each = [broken_rule(value, part) for part in parts]
+        return None if None in each else " or ".join(filter(None, each))
+    if origin is Literal:
+        return None if value in parts else f"one of {', '.join(map(str, parts))}"
+    if origin is tuple and parts[1:] == (...,) and isinstance(value, tuple):
+        each = [broken_rule(element, parts[0]) for element in value]
+        return next((f"a tuple, each {broken}" for broken in each if broken), None)
+    if hint in PLAIN:
+        return None if is_plain(value, hint) else PLAIN[hint]
+    if hint is Any or isinstance(value, origin or hint):
+        return None
+    return "None" if hint is NoneType else f"a {getattr(hint, '__name__', hint)}"
 
 
-def require_choice(field: str, value: object, known: tuple[str, ...]) -> None:
-    """Raise `ConfigError` unless `value` is one of `known`."""
-    require(value in known, field, value, f"must be one of {', '.join(known)}")
+def is_plain(value: object, hint: type) -> bool:
+    """A bool is no number, whatever Python says, and infinities and NaN are none either."""
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    if hint is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def name_of(value: object, own: str) -> str:
+    """The name that errors use: where a value was read from a file, the one it has there."""
+    return getattr(value, "published_name", own)
+
+
+def check_types(config: Any) -> None:
+    """Raise `ConfigError` unless every field of a dataclass has the type of its annotation."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        broken = broken_rule(value, hints[field.name])
+        if broken is not None:
+            own = f"{type(config).__name__}.{field.name}"
+            raise ConfigError(f"{name_of(value, own)} = {value!r}: must be {broken}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clamp:
-    """Bounds inside a gated activation: see `feed_forward.clamped_swiglu`."""
+class Config:
+    """A config: subclasses are frozen, keyword-only dataclasses, and most have a `build`.
 
-    limit: float  # of gate (from above) and up (from both sides)
-    alpha: float  # slope of the sigmoid that gates
-
-    def __post_init__(self) -> None:
-        require_number("limit", self.limit, 0, float("inf"))
-        require_number("alpha", self.alpha, 0, float("inf"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoEConfig:
-    """One mixture-of-experts layer.
-
-    The order of the fields is the order of the computation: score, choose, weigh, run. Which
-    published model uses which value is known to `checkpoints.families` alone.
+    A frozen dataclass that does not derive from this takes part as well; it checks itself then.
     """
 
-    # routed experts
-    num_experts: int
-    top_k: int
-    expert_width: int  # hidden width F of one routed expert
-    expert_biases: bool = False  # on all three of an expert's products
-    clamp: Clamp | None = None  # of the routed experts' activation; None: plain SwiGLU
-
-    # scoring
-    scoring: str  # "softmax" or "sigmoid": a key of scoring.SCORING
-    router_precision: str = "float32"  # of the router's matrix product: "float32" or "weights"
-    router_bias: bool = False  # added to the logits, so it takes part in everything after
-
-    # choosing
-    selection_bias: bool = False  # a bias per expert that takes part in choosing, never in weighing
-    num_groups: int = 1  # experts in equal, consecutive groups; 1: no group limit
-    groups_kept: int = 1  # a token's experts come from this many groups
-    group_score: str = "max"  # "max" or "top2_sum": a key of scoring.GROUP_SCORES
-
-    # weighing
-    # Divide the chosen weights by their sum. Of softmax scores that leaves the softmax over the
-    # chosen logits alone, so a model that takes the top K first and the softmax after says this.
-    normalize: bool = False
-    normalize_epsilon: float = 0.0  # added to that sum
-    normalize_minimum: float = 0.0  # what that sum counts as at least
-    scale: float = 1.0  # multiplies the weights, normalised or not
-
-    # the expert that every token uses
-    shared_width: int = 0  # 0: none. Several shared experts are one of their summed width.
-    shared_gate: bool = False  # its output counts as much as the sigmoid of a linear score says
-
     def __post_init__(self) -> None:
-        for field in ("num_experts", "top_k", "expert_width", "num_groups", "groups_kept"):
-            require_int(field, getattr(self, field))
-        require_int("shared_width", self.shared_width, at_least=0)
-        require_choice("scoring", self.scoring, tuple(SCORING))
-        require_choice("router_precision", self.router_precision, ("float32", "weights"))
-        require_choice("group_score", self.group_score, tuple(GROUP_SCORES))
-        experts, groups = self.num_experts, self.num_groups
-        require(self.top_k <= experts, "top_k", self.top_k, f"must be <= num_experts = {experts}")
-        divides = f"must divide num_experts = {experts}"
-        require(experts % groups == 0, "num_groups", groups, divides)
-        at_most = f"must be <= num_groups = {groups}"
-        require(self.groups_kept <= groups, "groups_kept", self.groups_kept, at_most)
-        reachable = self.groups_kept * (experts // groups)
-        fits = f"must be <= the {reachable} experts of {self.groups_kept} of {groups} groups"
-        require(self.top_k <= reachable, "top_k", self.top_k, fits)
-        pairs = groups == 1 or self.group_score != "top2_sum" or experts // groups >= 2
-        require(pairs, "group_score", self.group_score, "needs at least two experts in a group")
-        for field in ("expert_biases", "router_bias", "selection_bias", "normalize", "shared_gate"):
-            require_flag(field, getattr(self, field))
-        for field in ("normalize_epsilon", "normalize_minimum"):
-            if getattr(self, field) != 0:
-                require_number(field, getattr(self, field), 0, 1)
-        gated = self.shared_width > 0 or not self.shared_gate
-        require(gated, "shared_gate", self.shared_gate, "there is no shared expert to gate")
-        require_number("scale", self.scale, 0, float("inf"))
+        check_types(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ConfigError` where fields do not fit each other; by default they always do."""
+
+    def require(self, holds: bool, field: str, rule: str) -> None:
+        """Raise `ConfigError` unless `holds`. `rule` may name fields: "divide {num_heads}"."""
+        if not holds:
+            value, own = getattr(self, field), f"{type(self).__name__}.{field}"
+            others = {name: f"{name_of(v, name)} = {v!r}" for name, v in vars(self).items()}
+            raise ConfigError(f"{name_of(value, own)} = {value!r}: must {rule.format_map(others)}")

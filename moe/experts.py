@@ -1,11 +1,12 @@
 """Routed experts: a loop that reads like the paper, and its sorted, grouped twin.
 
 Both compute  y_n = sum_k weights[n, k] * FFN_{experts[n, k]}(x_n)  and have the same signature.
-The sum over a token's K experts runs in the precision of the weights (float32 at least) and is
-rounded once; transformers' eager loop rounds after every expert, which shows in bfloat16 only.
+A slot that holds expert E is empty: it computes nothing and adds nothing. The sum over a token's
+K slots runs in the precision of the weights (float32 at least) and is rounded once; transformers'
+eager loop rounds after every expert, which shows in bfloat16 only.
 
-Shapes: N tokens, D model width, E experts, K experts a token uses, F expert width, S = N * K
-(token, expert) pairs sorted by expert, I and O input and output width of one product.
+Shapes: N tokens, D model width, E experts, K slots of a token, F expert width, S = N * K slots
+sorted by expert, I and O input and output width of one product.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import MoEConfig
-from .feed_forward import clamped_swiglu, swiglu
+from .feed_forward import Clamp, clamped_swiglu, swiglu
 from .routing import Routing
+from .segments import can_group, is_traced, product_of_segments
 
 Activation = Callable[[Tensor, Tensor], Tensor]  # of an expert's gate and up products
 
@@ -45,15 +46,16 @@ def experts_loop(
     activation: Activation = swiglu,
 ) -> Tensor:
     """Run each expert that was chosen on the tokens that chose it; returns (N, D)."""
-    y_NKD = x_ND.new_zeros(*experts_NK.shape, x_ND.shape[-1])
-    for expert in experts_NK.unique().tolist():
+    E, D = gate_EFD.shape[0], x_ND.shape[-1]
+    y_NKD = torch.zeros(*experts_NK.shape, D, dtype=weights_NK.dtype, device=x_ND.device)
+    for expert in experts_NK[experts_NK < E].unique().tolist():
         token, slot = torch.where(experts_NK == expert)
         x_nD = x_ND[token]
         gate_nF = product_of_one(x_nD, gate_EFD, biases.gate_EF, expert)
         up_nF = product_of_one(x_nD, up_EFD, biases.up_EF, expert)
         y_nD = product_of_one(activation(gate_nF, up_nF), down_EDF, biases.down_ED, expert)
-        y_NKD[token, slot] = y_nD
-    return weigh(y_NKD, weights_NK)
+        y_NKD[token, slot] = y_nD.to(y_NKD.dtype)
+    return weigh(y_NKD, weights_NK).to(x_ND.dtype)
 
 
 def product_of_one(x_nI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, expert: int) -> Tensor:
@@ -70,65 +72,101 @@ def experts_grouped(
     biases: Biases = NO_BIASES,
     activation: Activation = swiglu,
 ) -> Tensor:
-    """Compute `experts_loop`, sorted so that each expert sees one contiguous slice of rows."""
+    """Compute `experts_loop`, sorted so that each expert sees one contiguous slice of rows.
+
+    Empty slots come last, and products leave their rows unwritten, NaN included, in the gradient
+    too. So they read a row of zeros behind the tokens, which takes up their gradient, and what
+    comes out of them is replaced and not multiplied away.
+    """
     (N, K), E = experts_NK.shape, gate_EFD.shape[0]
     experts_S, order_S = experts_NK.flatten().sort(stable=True)
-    ends_E = torch.bincount(experts_S, minlength=E).cumsum(0).to(torch.int32)
-    x_SD = x_ND.index_select(0, order_S // K)
+    every_E = torch.arange(E, device=experts_S.device)
+    ends_E = torch.searchsorted(experts_S, every_E, right=True, out_int32=True)
+    token_S = torch.where(experts_S < E, order_S // K, N)
+    x_SD = with_empty_row(x_ND).index_select(0, token_S)
     gate_SF = product_of_each(x_SD, gate_EFD, biases.gate_EF, experts_S, ends_E)
     up_SF = product_of_each(x_SD, up_EFD, biases.up_EF, experts_S, ends_E)
     hidden_SF = activation(gate_SF, up_SF)
     y_SD = product_of_each(hidden_SF, down_EDF, biases.down_ED, experts_S, ends_E)
+    y_SD = y_SD.where((experts_S < E)[:, None], 0)
     y_NKD = y_SD.index_select(0, order_S.argsort()).unflatten(0, (N, K))
-    return weigh(y_NKD, weights_NK)
+    return weigh(y_NKD, weights_NK).to(x_ND.dtype)
 
 
 def product_of_each(
     x_SI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, experts_S: Tensor, ends_E: Tensor
 ) -> Tensor:
-    y_SO = F.grouped_mm(x_SI, weight_EOI.mT, offs=ends_E)
-    return y_SO if bias_EO is None else y_SO + bias_EO[experts_S]
+    y_SO = product_of_segments(x_SI, weight_EOI, ends_E)
+    return y_SO if bias_EO is None else y_SO + with_empty_row(bias_EO)[experts_S]
+
+
+def with_empty_row(rows: Tensor) -> Tensor:
+    """One row of zeros more, for empty slots to read."""
+    return F.pad(rows, (0, 0, 0, 1))
 
 
 def weigh(y_NKD: Tensor, weights_NK: Tensor) -> Tensor:
     """The weighted sum over each token's K expert outputs, in the weights' precision."""
-    return (y_NKD * weights_NK[..., None]).sum(dim=1).to(y_NKD.dtype)
+    return (y_NKD * weights_NK[..., None]).sum(dim=1)
 
 
 def grouping_pays(x_ND: Tensor, gate_EFD: Tensor) -> bool:
-    """The rule that picks the twin: group wherever it can run, unless there is a single token.
+    """The rule that picks the twin: group wherever `grouped_mm` runs, unless there is one token.
 
     A token's experts are distinct, so with one token there is nothing to bring together and the
     loop wins by the cost of sorting (a tenth to a quarter on a CPU); from a few tokens on
-    grouping does, by up to 2.4. `grouped_mm` takes float32 and bfloat16 (not float64) and rows of
-    whole 16-byte units.
+    grouping does, by up to 2.4. Where nobody can read which experts were chosen, as in compile,
+    the loop cannot run, and grouping always does.
     """
-    rows_fit = all(w * x_ND.element_size() % 16 == 0 for w in gate_EFD.shape[1:])
-    supported = x_ND.dtype in (torch.float32, torch.bfloat16) and rows_fit
-    return supported and x_ND.shape[0] > 1
+    return is_traced(x_ND) or (can_group(x_ND, gate_EFD) and x_ND.shape[0] > 1)
 
 
 class Experts(nn.Module):
-    """The weights of E routed experts, stacked: gate and up (E, F, D), down (E, D, F)."""
+    """The weights of E routed experts, stacked: gate and up (E, F, D), down (E, D, F).
 
-    def __init__(self, d_model: int, config: MoEConfig) -> None:
+    Matrices begin normal with a deviation of `std`, biases at 0.
+    """
+
+    exact = ()
+    quantizable = ("gate", "up", "down")
+    residual_outputs = ("down",)
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        width: int,
+        biases: bool = False,
+        clamp: Clamp | None = None,
+    ) -> None:
         super().__init__()
-        E, F_, D = config.num_experts, config.expert_width, d_model
+        E, F_, D = num_experts, width, d_model
         self.gate = nn.Parameter(torch.empty(E, F_, D))
         self.up = nn.Parameter(torch.empty(E, F_, D))
         self.down = nn.Parameter(torch.empty(E, D, F_))
-        biased = config.expert_biases
-        self.gate_bias = nn.Parameter(torch.empty(E, F_)) if biased else None
-        self.up_bias = nn.Parameter(torch.empty(E, F_)) if biased else None
-        self.down_bias = nn.Parameter(torch.empty(E, D)) if biased else None
+        self.gate_bias = nn.Parameter(torch.empty(E, F_)) if biases else None
+        self.up_bias = nn.Parameter(torch.empty(E, F_)) if biases else None
+        self.down_bias = nn.Parameter(torch.empty(E, D)) if biases else None
         self.activation: Activation = (
-            swiglu if config.clamp is None else partial(clamped_swiglu, clamp=config.clamp)
+            swiglu if clamp is None else partial(clamped_swiglu, clamp=clamp)
         )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        for matrices in (self.gate, self.up, self.down):
+            if not matrices.is_meta:
+                matrices.normal_(std=std)
+        for bias in (self.gate_bias, self.up_bias, self.down_bias):
+            if bias is not None:
+                bias.zero_()
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        weights_NK, experts_NK = routing.weights_NK, routing.experts_NK
+        run = experts_grouped if grouping_pays(x_ND, self.gate) else experts_loop
         biases = Biases(self.gate_bias, self.up_bias, self.down_bias)
-        grouped = grouping_pays(x_ND, self.gate)
-        run = experts_grouped if grouped else experts_loop
         weights = self.gate, self.up, self.down
-        return run(x_ND, weights_NK, experts_NK, *weights, biases, self.activation)
+        return run(x_ND, routing.weights_NK, routing.experts_NK, *weights, biases, self.activation)
+
+    def extra_repr(self) -> str:
+        E, F_, D = self.gate.shape
+        return f"{E} of {D} -> {F_} -> {D}, biases={self.gate_bias is not None}"

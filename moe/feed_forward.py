@@ -3,11 +3,21 @@
 Shapes: ... any leading dimensions, D model width, F hidden width.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import Clamp
+from .config import Config, Count, Positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clamp(Config):
+    """Bounds inside a gated activation: see `clamped_swiglu`."""
+
+    limit: Positive  # of gate (from above) and up (from both sides)
+    alpha: Positive  # slope of the sigmoid that gates
 
 
 def swiglu(gate_F: Tensor, up_F: Tensor) -> Tensor:
@@ -22,8 +32,20 @@ def clamped_swiglu(gate_F: Tensor, up_F: Tensor, clamp: Clamp) -> Tensor:
     return gate_F * torch.sigmoid(clamp.alpha * gate_F) * (up_F + 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig(Config):
+    """A dense feed-forward layer of this hidden width."""
+
+    width: Count
+
+    def build(self, d_model: int) -> "FeedForward":
+        return FeedForward(d_model, self.width)
+
+
 class FeedForward(nn.Module):
     """x -> down(silu(gate(x)) * up(x)), (..., D) -> (..., D), without biases."""
+
+    residual_outputs = ("down.weight",)
 
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()

@@ -1,7 +1,11 @@
 """Watching a model route: collect the `Routing` of every sparse layer, without touching it."""
 
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -10,13 +14,32 @@ from .routing import Router, Routing
 
 
 class RecordedRoutings(Mapping[int, Routing]):
-    """{layer index: Routing}; the tokens of all forwards so far, in the order they were routed."""
+    """{layer number: Routing}; the tokens of all forwards so far, in the order they were routed.
+
+    `routers` is {layer number: the module that routed}.
+    """
 
     def __init__(self) -> None:
+        self.routers: dict[int, Router] = {}
         self._parts: dict[int, list[Routing]] = {}
 
-    def add(self, layer: int, routing: Routing) -> None:
-        self._parts.setdefault(layer, []).append(routing)
+    def add(self, layer: int, router: Any, inputs: tuple, output: object) -> None:
+        """Take what a module returns, as a forward hook of it."""
+        parts = self._parts.get(layer, [])
+        if not isinstance(output, Routing) or (parts and parts[-1] is output):
+            return  # the second is what a wrapper passes on of the router in it
+        if torch._C._current_graph_task_id() != -1:  # a backward, which runs checkpointed layers
+            if parts and not parts[-1].weights_NK.requires_grad:
+                told = (
+                    "recorded under reentrant activation checkpointing, routings have no gradient"
+                )
+                warnings.warn(f"{told}: checkpoint with use_reentrant=False", stacklevel=2)
+            return
+        if self.routers.setdefault(layer, router) is not router:
+            raise ValueError(
+                f"two routers have routed in layer {layer}: record one model at a time"
+            )
+        self._parts.setdefault(layer, []).append(output)
 
     def __getitem__(self, layer: int) -> Routing:
         parts = self._parts[layer]
@@ -32,37 +55,57 @@ class RecordedRoutings(Mapping[int, Routing]):
         return len(self._parts)
 
 
-def routers(model: nn.Module) -> dict[int, Router]:
-    """{layer index: router}. The index is the first number in the router's path, 0 without one.
+@runtime_checkable
+class NumbersLayers(Protocol):
+    """A model that says which number each of its layers has."""
 
-    `layers.3.feed_forward.router` belongs to layer 3. Raises ValueError if two have the same.
+    @property
+    def numbered_layers(self) -> Mapping[int, nn.Module]: ...
+
+
+def layer_numbers(model: nn.Module) -> dict[nn.Module, int]:
+    """The layer that every module belongs to: as the model that holds it numbers its layers.
+
+    In other modules it is the first number in the path, `2.router` belongs to layer 2, and 0
+    where there is none.
     """
-    found: dict[int, Router] = {}
+    numbers = {}
     for path, module in model.named_modules():
-        if isinstance(module, Router):
-            layer = next((int(part) for part in path.split(".") if part.isdigit()), 0)
-            if layer in found:
-                raise ValueError(f"two routers belong to layer {layer}, the second is {path}")
-            found[layer] = module
+        numbers[module] = next((int(part) for part in path.split(".") if part.isdigit()), 0)
+    for module in model.modules():
+        if isinstance(module, NumbersLayers):
+            for number, layer in module.numbered_layers.items():
+                numbers |= dict.fromkeys(layer.modules(), number)
+    return numbers
+
+
+def routers(model: nn.Module) -> dict[int, Router]:
+    """{layer number: router}. Raises ValueError if two routers belong to one layer."""
+    found: dict[int, Router] = {}
+    for module, layer in layer_numbers(model).items():
+        if isinstance(module, Router) and found.setdefault(layer, module) is not module:
+            raise ValueError(f"two routers belong to layer {layer}")
     return found
 
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[RecordedRoutings]:
-    """Record the routing of every `Router` in `model` for the length of a `with` block.
+    """Record every `Routing` that a module of `model` returns, for the length of a `with` block.
 
-    Gradients flow through what is recorded.
+    So a router counts wherever it stands, wrapped or replaced, and one that does not run does not
+    count. Gradients flow through what is recorded. Under activation checkpointing each token
+    counts once; compiled code runs uncompiled inside the block, since it calls no hooks.
+    Raises ValueError in a forward where two routers route in one layer.
     """
     recorded = RecordedRoutings()
-
-    def record_as(layer: int):
-        return lambda router, inputs, routing: recorded.add(layer, routing)
-
     hooks = [
-        router.register_forward_hook(record_as(layer)) for layer, router in routers(model).items()
+        module.register_forward_hook(partial(recorded.add, layer))
+        for module, layer in layer_numbers(model).items()
     ]
+    compiled = "torch._dynamo" in sys.modules  # importing it takes seconds
     try:
-        yield recorded
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield recorded
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,94 +1,269 @@
-"""Routing: which experts a token uses and how much each counts. Pure functions, then one module.
+"""Routing: which experts a token uses and how much each counts.
 
-Choose with one score, weigh with another: a selection bias takes part in choosing the experts,
-the weights are gathered from the unbiased scores (DeepSeek-V3, section 2.1.2). Recovering them as
-choice minus bias would cancel catastrophically: scores of 1e-8 beside a bias of 12 are real.
+A kind of router is a config whose `route` turns logits into a `Routing`, a pure function, and the
+module that makes the logits. `TopK` gives every token K experts, `TopP` as many as it takes to
+reach a probability mass, `ExpertChoice` lets experts choose their tokens.
 
-Precision: scores and weights are at least float32. The matrix product runs in float32 too, or in
-the weights' own precision first, as `MoEConfig.router_precision` says: at near-ties the two choose
-different experts, so it is part of the architecture.
+Precision: scores and weights are at least float32. The router's matrix product runs in float32
+too, or in the weights' own precision first, as `router_precision` says: at near-ties the two choose
+different experts, so it is part of the architecture, and autocast does not change it.
 
-Shapes: N tokens, D model width, E experts, K experts a token uses, G groups
-of e = E / G experts.
+Shapes: N tokens, D model width, E experts, K slots of a token, G groups of e = E / G experts, C
+tokens that an expert takes.
 """
 
+import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import MoEConfig
+from .config import Config, Count, Limit, Positive, one_of
 from .scoring import GROUP_SCORES, SCORING
+
+Fraction = Annotated[float, Limit("a number from 0 to below 1", lambda value: 0 <= value < 1)]
+Mass = Annotated[float, Limit("a number above 0, at most 1", lambda value: 0 < value <= 1)]
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router decided for N tokens."""
+    """What a router decided for N tokens. A slot may be empty: it holds expert E, of weight 0."""
 
-    weights_NK: Tensor  # what each chosen expert's output is multiplied by
+    weights_NK: Tensor  # what the output of the expert in each slot is multiplied by
     experts_NK: Tensor  # int64; a token's experts are distinct and in no particular order
-    scores_NE: Tensor  # the unbiased scores of all experts
+    scores_NE: Tensor  # of all experts, without any selection bias
     logits_NE: Tensor  # what the scores were made from
 
 
-def route(logits_NE: Tensor, config: MoEConfig, bias_E: Tensor | None = None) -> Routing:
-    """Turn router logits into a `Routing`; `bias_E` is the selection bias."""
-    scores_NE = SCORING[config.scoring](logits_NE)
-    choice_NE = scores_NE if bias_E is None else scores_NE + bias_E
-    choice_NE = limit_to_groups(choice_NE, config)
-    experts_NK = choice_NE.topk(config.top_k, dim=-1, sorted=False).indices
-    weights_NK = scores_NE.gather(-1, experts_NK)
-    if config.normalize:
-        total_N1 = weights_NK.sum(dim=-1, keepdim=True).clamp(min=config.normalize_minimum)
-        weights_NK = weights_NK / (total_N1 + config.normalize_epsilon)
-    return Routing(weights_NK * config.scale, experts_NK, scores_NE, logits_NE)
+@runtime_checkable
+class Router(Protocol):
+    """What a sparse layer asks of its router, an `nn.Module` that a `RouterConfig` builds.
 
-
-def limit_to_groups(choice_NE: Tensor, config: MoEConfig) -> Tensor:
-    """Set the choice scores outside each token's `groups_kept` best groups to -inf.
-
-    -inf and not 0: with a negative selection bias every score of a kept group may lie below 0,
-    and an expert of an excluded group would win. (transformers' deepseek_v2 fills with 0, which is
-    safe for its unbiased probabilities only, and chooses the same there.)
+    Called with x_ND, N >= 0, it returns a `Routing` whose weights and scores are float32 at least,
+    under autocast too. Recording, losses and balancing go by what it returns. `selection_bias` is
+    a buffer, (E,), that training moves against the load; None for a router that is not balanced
+    so. One that looks at other tokens than the one it routes has `sees_other_tokens = True`.
     """
-    if config.num_groups == 1:
-        return choice_NE
-    choice_NGe = choice_NE.unflatten(-1, (config.num_groups, -1))
-    group_NG = GROUP_SCORES[config.group_score](choice_NGe)
-    kept_Ng = group_NG.topk(config.groups_kept, dim=-1, sorted=False).indices
-    excluded_NG = torch.ones_like(group_NG, dtype=torch.bool).scatter(-1, kept_Ng, False)
-    return choice_NGe.masked_fill(excluded_NG[..., None], float("-inf")).flatten(-2)
 
-
-class Router(nn.Module):
-    """A linear score per expert and the rule that turns the scores into a `Routing`."""
-
+    num_experts: int
     selection_bias: Tensor | None
 
-    def __init__(self, d_model: int, config: MoEConfig) -> None:
+    def __call__(self, x_ND: Tensor) -> Routing: ...
+
+
+@runtime_checkable
+class RouterConfig(Protocol):
+    """A kind of router: `TopK`, `TopP`, `ExpertChoice`, or anybody's frozen dataclass."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def experts_per_token(self) -> float:
+        """How many experts a token uses: on average if that is fixed, else at most."""
+
+    def build(self, d_model: int) -> nn.Module:
+        """The `Router`, its weights drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRouterConfig(Config):
+    """What the kinds here share: a linear score per expert."""
+
+    sees_other_tokens: ClassVar[bool] = False
+
+    num_experts: Count
+    router_precision: Literal["float32", "weights"] = "float32"  # of the matrix product
+    router_bias: bool = False  # added to the logits, so it takes part in everything after
+
+    def route(self, logits_NE: Tensor, bias_E: Tensor | None = None) -> Routing:
+        """The decision; `bias_E` is the selection bias, for kinds that have one."""
+        raise NotImplementedError
+
+    def build(self, d_model: int) -> "LinearRouter":
+        return LinearRouter(d_model, self)
+
+
+class LinearRouter(nn.Module):
+    """Linear logits and the config's `route`. The matrix begins normal, biases at 0."""
+
+    exact = ("selection_bias",)  # stays float32 at least: values of 10 may differ by 1e-3
+    quantizable = ()
+    selection_bias: Tensor | None
+
+    def __init__(self, d_model: int, config: LinearRouterConfig, biased: bool = False) -> None:
         super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, d_model))
-        self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
-        bias = torch.zeros(config.num_experts) if config.selection_bias else None
-        self.register_buffer("selection_bias", bias)
+        self.config, self.num_experts = config, config.num_experts
+        self.sees_other_tokens = config.sees_other_tokens
+        self.weight = nn.Parameter(torch.empty(self.num_experts, d_model))
+        self.bias = nn.Parameter(torch.empty(self.num_experts)) if config.router_bias else None
+        bias_E = torch.zeros(self.num_experts) if biased else None
+        self.register_buffer("selection_bias", bias_E)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        if not self.weight.is_meta:
+            self.weight.normal_(std=std)
+        for bias in (self.bias, self.selection_bias):
+            if bias is not None:
+                bias.zero_()
 
     def forward(self, x_ND: Tensor) -> Routing:
-        wide = torch.promote_types(x_ND.dtype, torch.float32)
-        product_dtype = wide if self.config.router_precision == "float32" else self.weight.dtype
-        bias_E = None if self.bias is None else self.bias.to(product_dtype)
-        logits_NE = F.linear(x_ND.to(product_dtype), self.weight.to(product_dtype), bias_E)
-        return route(logits_NE.to(wide), self.config, self.selection_bias)
+        wide, device = torch.promote_types(x_ND.dtype, torch.float32), x_ND.device.type
+        dtype = wide if self.config.router_precision == "float32" else self.weight.dtype
+        bias_E = None if self.bias is None else self.bias.to(dtype)
+        with exact_products(device):
+            logits_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype), bias_E)
+        return self.config.route(logits_NE.to(wide), self.selection_bias)
+
+    def extra_repr(self) -> str:
+        E, D = self.weight.shape
+        return f"{D} -> {E} experts, {type(self.config).__name__}"
 
     def _apply(self, fn, recurse=True):
-        """Keep the selection bias in float32 at least when the module is cast.
-
-        Its values may be around 10 and its differences around 1e-3: bfloat16 would lose them.
-        """
-        bias = self.selection_bias
+        """Casting the module leaves what is `exact` in the precision it has."""
+        bias_E = self.selection_bias
         super()._apply(fn, recurse)
-        cast = self.selection_bias
-        if bias is not None and cast is not None and cast.dtype.itemsize < bias.dtype.itemsize:
-            self.selection_bias = bias.to(cast.device)
+        cast_E: Any = self.selection_bias
+        if bias_E is not None and cast_E.dtype.itemsize < bias_E.dtype.itemsize:
+            self.selection_bias = bias_E.to(cast_E.device)
         return self
+
+
+def exact_products(device: str) -> torch.autocast | nullcontext:
+    """A block in which autocast changes nothing; some devices have no autocast to switch off."""
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(LinearRouterConfig):
+    """Each token uses its K best experts (Shazeer et al. 2017).
+
+    The order of the fields is the order of the computation: score, choose, weigh. Which published
+    model uses which value is known to `checkpoints.families` alone.
+    """
+
+    top_k: Count
+    scoring: Annotated[str, one_of(SCORING)]
+
+    selection_bias: bool = False  # a bias per expert that takes part in choosing, never in weighing
+    num_groups: Count = 1  # experts in equal, consecutive groups; 1: no group limit
+    groups_kept: Count = 1  # a token's experts come from this many groups
+    group_score: Annotated[str, one_of(GROUP_SCORES)] = "max"
+    # Divide the chosen weights by their sum. Of softmax scores that leaves the softmax over the
+    # chosen logits alone, so a model that takes the top K first and the softmax after says this.
+    normalize: bool = False
+    normalize_epsilon: Fraction = 0.0  # added to that sum
+    normalize_minimum: Fraction = 0.0  # what that sum counts as at least
+    scale: Positive = 1.0  # multiplies the weights, normalised or not
+
+    def check(self) -> None:
+        experts, groups = self.num_experts, self.num_groups
+        self.require(self.top_k <= experts, "top_k", "be <= {num_experts}")
+        self.require(experts % groups == 0, "num_groups", "divide {num_experts}")
+        self.require(self.groups_kept <= groups, "groups_kept", "be <= {num_groups}")
+        reachable = self.groups_kept * (experts // groups)
+        fits = f"be <= the {reachable} experts of {{groups_kept}} of {{num_groups}}"
+        self.require(self.top_k <= reachable, "top_k", fits)
+        pairs = groups == 1 or self.group_score != "top2_sum" or experts // groups >= 2
+        self.require(pairs, "num_groups", "leave two experts in a group for {group_score}")
+
+    @property
+    def experts_per_token(self) -> float:
+        return self.top_k
+
+    def build(self, d_model: int) -> LinearRouter:
+        return LinearRouter(d_model, self, self.selection_bias)
+
+    def route(self, logits_NE: Tensor, bias_E: Tensor | None = None) -> Routing:
+        """Choose with one score, weigh with another: the bias takes part in choosing alone.
+
+        Weights are gathered from the unbiased scores (DeepSeek-V3, section 2.1.2). Recovering them
+        as choice minus bias would cancel catastrophically: scores of 1e-8 beside a bias of 12 are
+        real.
+        """
+        scores_NE = SCORING[self.scoring](logits_NE)
+        choice_NE = self.limit_to_groups(scores_NE if bias_E is None else scores_NE + bias_E)
+        experts_NK = choice_NE.topk(self.top_k, dim=-1, sorted=False).indices
+        weights_NK = scores_NE.gather(-1, experts_NK)
+        if self.normalize:
+            total_N1 = weights_NK.sum(dim=-1, keepdim=True).clamp(min=self.normalize_minimum)
+            weights_NK = weights_NK / (total_N1 + self.normalize_epsilon)
+        return Routing(weights_NK * self.scale, experts_NK, scores_NE, logits_NE)
+
+    def limit_to_groups(self, choice_NE: Tensor) -> Tensor:
+        """Set the choice scores outside each token's `groups_kept` best groups to -inf.
+
+        -inf and not 0: with a negative selection bias every score of a kept group may lie below 0,
+        and an expert of an excluded group would win. (transformers' deepseek_v2 fills with 0, which
+        is safe for its unbiased probabilities only, and chooses the same there.)
+        """
+        if self.num_groups == 1:
+            return choice_NE
+        choice_NGe = choice_NE.unflatten(-1, (self.num_groups, -1))
+        group_NG = GROUP_SCORES[self.group_score](choice_NGe)
+        kept_Ng = group_NG.topk(self.groups_kept, dim=-1, sorted=False).indices
+        excluded_NG = torch.ones_like(group_NG, dtype=torch.bool).scatter(-1, kept_Ng, False)
+        return choice_NGe.masked_fill(excluded_NG[..., None], float("-inf")).flatten(-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopP(LinearRouterConfig):
+    """Each token uses its likeliest experts, as many as reach a probability mass together.
+
+    Huang et al. 2024, "Harder Tasks Need More Experts in MoE Models", section 3.2: a token that is
+    sure of an expert uses one, others use more. Weights are the probabilities, not normalised.
+    """
+
+    mass: Mass
+    max_experts: Count  # slots of a token: the most it uses, mass reached or not
+
+    def check(self) -> None:
+        self.require(self.max_experts <= self.num_experts, "max_experts", "be <= {num_experts}")
+
+    @property
+    def experts_per_token(self) -> float:
+        return self.max_experts
+
+    def route(self, logits_NE: Tensor, bias_E: Tensor | None = None) -> Routing:
+        scores_NE = logits_NE.softmax(dim=-1)
+        weights_NK, experts_NK = scores_NE.topk(self.max_experts, dim=-1)
+        before_NK = weights_NK.cumsum(dim=-1) - weights_NK
+        reached_NK = before_NK >= self.mass  # in this sense, so that NaN is not hidden
+        weights_NK = weights_NK.masked_fill(reached_NK, 0)
+        experts_NK = experts_NK.masked_fill(reached_NK, self.num_experts)
+        return Routing(weights_NK, experts_NK, scores_NE, logits_NE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoice(LinearRouterConfig):
+    """Each expert takes the ceil(N * capacity / E) tokens that score highest for it.
+
+    Zhou et al. 2022, section 3.2: loads are equal by construction, a token may have no expert or
+    all of them. What a token gets depends on the others of the forward, later ones and padding
+    included: a model that generates cannot use it.
+    """
+
+    sees_other_tokens: ClassVar[bool] = True
+
+    capacity: Positive  # experts that a token uses on average
+
+    def check(self) -> None:
+        self.require(self.capacity <= self.num_experts, "capacity", "be <= {num_experts}")
+
+    @property
+    def experts_per_token(self) -> float:
+        return self.capacity
+
+    def route(self, logits_NE: Tensor, bias_E: Tensor | None = None) -> Routing:
+        """Slot e of a token holds expert e, or is empty."""
+        (N, E), scores_NE = logits_NE.shape, logits_NE.softmax(dim=-1)
+        taken = min(N, math.ceil(N * self.capacity / E))
+        tokens_CE = scores_NE.topk(taken, dim=0, sorted=False).indices
+        chosen_NE = torch.zeros_like(scores_NE, dtype=torch.bool).scatter(0, tokens_CE, True)
+        experts_NE = torch.arange(E, device=logits_NE.device).where(chosen_NE, E)
+        return Routing(scores_NE.where(chosen_NE, 0), experts_NE, scores_NE, logits_NE)

@@ -23,8 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 from checkpoints.contents import copied_entries, own_state
 from checkpoints.mapping import Entry, correspondences
 from checkpoints.published_config import family_of
-from modeling import ModelConfig, RopeConfig, Transformer
-from modeling.rope import Positions, rotate
+from modeling import ModelConfig, RopeConfig, Step, Transformer
+from modeling.rope import rotate
 
 disable_progress_bar()
 
@@ -71,7 +71,7 @@ def entries_of(config: ModelConfig, present=None) -> list[Entry]:
 def partners_of_the_first(rope: RopeConfig) -> set[int]:
     """The dimensions that a vector along the first one has after it was rotated."""
     x_1P = torch.eye(1, rope.width)[None, None]
-    turned_1P = rotate(x_1P, rope, Positions(torch.tensor([[1]])))
+    turned_1P = rotate(x_1P, rope, Step(torch.tensor([[1]])))
     return set(turned_1P.flatten().nonzero().flatten().tolist())
 
 

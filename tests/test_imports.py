@@ -20,6 +20,7 @@ OUTSIDE_THE_MODEL = {"jinja2", "safetensors", "sentencepiece", "tiktoken", "toke
 TOKEN_PATH = [
     "modeling/model.py",
     "modeling/attention/mla.py",
+    "modeling/attention/dot_product.py",
     "modeling/rope.py",
     "modeling/norm.py",
     "moe/layer.py",
@@ -133,7 +134,8 @@ def test_names_imported_from_another_package_are_its_public_ones(source):
 
 
 def closure(source: Path) -> set[Path]:
-    """The files of moe and modeling that importing `source` leads to, packages' doors left out."""
+    """The files of moe and modeling that importing `source` leads to: what its imports name, the
+    door of another package, and everything behind that."""
     found, waiting = set(), [source]
     while waiting:
         found.add(current := waiting.pop())
@@ -141,25 +143,26 @@ def closure(source: Path) -> set[Path]:
             if isinstance(node, ast.ImportFrom) and node.level > 0:
                 folder = current.parents[node.level - 1]
                 waiting.append(folder / f"{node.module.replace('.', '/')}.py")
-            elif isinstance(node, ast.ImportFrom) and node.module == "moe":
-                exported = ast.walk(tree_of(Path("moe/__init__.py")))
-                names = {alias.name for alias in node.names}
-                for other in exported:
-                    if isinstance(other, ast.ImportFrom) and names & {a.name for a in other.names}:
-                        waiting.append(Path("moe", f"{other.module}.py"))
+            elif isinstance(node, ast.ImportFrom) and node.module in OWN:
+                waiting.append(Path(node.module, "__init__.py"))
         waiting = [path for path in waiting if path not in found]
     return found
 
 
-def test_a_token_is_followed_from_id_to_logits_in_seven_files_of_a_thousand_lines():
-    assert len(TOKEN_PATH) == 7
-    assert {Path(name) for name in TOKEN_PATH} <= closure(Path("modeling/model.py"))
-    lines = {name: len((ROOT / name).read_text().splitlines()) for name in TOKEN_PATH}
-    assert sum(lines.values()) <= 1000, lines
+def lines_of(paths: set[Path]) -> int:
+    return sum(len((ROOT / path).read_text().splitlines()) for path in paths)
+
+
+def test_a_token_is_followed_from_id_to_logits_in_eight_files():
+    path = {Path(name) for name in TOKEN_PATH}
+    assert len(path) == 8
+    kinds = closure(Path("modeling/attention/mla.py"))
+    assert path <= closure(Path("modeling/model.py")) | kinds
+    assert lines_of(path) <= 1200
 
 
 def test_what_a_forward_pass_imports_is_small():
+    """The kinds of attention are not among it: a block knows their contract alone."""
     found = closure(Path("modeling/model.py"))
-    lines = sum(len((ROOT / path).read_text().splitlines()) for path in found)
-    assert len(found) <= 20, sorted(map(str, found))
-    assert lines <= 2000
+    assert len(found) <= 16, sorted(map(str, found))
+    assert lines_of(found) <= 1700

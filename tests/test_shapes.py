@@ -48,7 +48,7 @@ def run_everything(model) -> None:
     model.mtp_logits(tokens_BT)
     depths, mask_BT = model.mtp_hidden_states(states, tokens_BT), tokens_BT > 3
     for mask in (None, mask_BT):
-        next_token_loss(states.normed_BTD, model.head.weight, tokens_BT, mask_BT=mask)
+        next_token_loss(states.normed_BTD, model.head, tokens_BT, mask_BT=mask)
         if depths:
             mtp_loss(depths, model.mtp_heads, tokens_BT, [0.1] * len(depths), mask, tokens_BT // 9)
     for routing in routings.values():

@@ -5,13 +5,13 @@ read a module's weights and its config and call none of its methods.
 """
 
 import math
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from modeling import (
-    DenseConfig,
     GQAConfig,
     LayerConfig,
     MLAConfig,
@@ -22,7 +22,7 @@ from modeling import (
     Transformer,
     YarnConfig,
 )
-from moe import Clamp, MoEConfig
+from moe import Clamp, DenseConfig, MoEConfig, TopK
 
 YARN = YarnConfig(factor=4.0, original_length=64, beta_fast=16.0, beta_slow=1.0)
 
@@ -41,19 +41,28 @@ def gqa(**changes) -> GQAConfig:
     return GQAConfig(**widths | {"rope": rope(layout="half")} | changes)
 
 
+def sparse(**fields) -> MoEConfig:
+    """A layer with a top-k router, from the fields of both."""
+    of_router = {name: fields.pop(name) for name in list(fields) if name in ROUTER_FIELDS}
+    return MoEConfig(**{"router": TopK(**of_router)} | fields)
+
+
+ROUTER_FIELDS = {field.name for field in dataclass_fields(TopK)}
+
+
 def grouped_experts(**changes) -> MoEConfig:
     """Eight experts in four groups, chosen by biased sigmoids, with a shared one."""
     experts = {"num_experts": 8, "top_k": 3, "expert_width": 5, "shared_width": 9}
     groups = {"num_groups": 4, "groups_kept": 2, "group_score": "top2_sum"}
     weighing = {"normalize": True, "normalize_epsilon": 1e-20, "scale": 1.7}
     scoring = {"scoring": "sigmoid", "selection_bias": True}
-    return MoEConfig(**experts | groups | weighing | scoring | changes)
+    return sparse(**experts | groups | weighing | scoring | changes)
 
 
 def softmax_experts(**changes) -> MoEConfig:
     """Five experts weighed by their softmax probabilities as they are."""
     experts = {"num_experts": 5, "top_k": 2, "expert_width": 6, "scoring": "softmax"}
-    return MoEConfig(**experts | changes)
+    return sparse(**experts | changes)
 
 
 def modules(layers: tuple[LayerConfig, ...], count: int, **wiring) -> MTPConfig:
@@ -122,9 +131,9 @@ def transformer(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: i
 def agreeable(config: ModelConfig, strength: float = 0.05) -> Transformer:
     """A model whose drafts are often right: its layers add little to the embedding."""
     model = transformer(config, seed=4)
-    for name, tensor in model.named_parameters():
-        if name.endswith(("attention.o.weight", "down", "down.weight")):
-            tensor.mul_(strength)
+    for module in model.modules():
+        for name in getattr(module, "residual_outputs", ()):
+            module.get_parameter(name).mul_(strength)
     seen = slice(config.d_model, None) if config.mtp.first == "state" else slice(config.d_model)
     for module in model.mtp_modules:
         module.projection.weight.zero_()
@@ -141,17 +150,16 @@ def agreeable(config: ModelConfig, strength: float = 0.05) -> Transformer:
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int) -> None:
     """Fill every parameter and buffer with noise: matrices wide enough that attention is uneven,
-    norms around 1, biases around 0 with both signs."""
+    the rest around where it begins, norms at 1 and biases at 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} holds {tensor.dtype}: what would noise be?")
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         if tensor.dim() > 1:
-            noise *= 2.5 / tensor.shape[-1] ** 0.5
-        elif name.endswith("bias"):
-            noise = noise.abs() * torch.tensor([0.4, -0.4]).repeat(noise.numel())[: noise.numel()]
+            tensor.copy_(noise * 2.5 / tensor.shape[-1] ** 0.5)
         else:
-            noise = 1.0 + 0.4 * noise
-        tensor.copy_(noise)
+            tensor.copy_(tensor.mean().round() + 0.4 * noise)
 
 
 def random_tokens(batch: int, length: int, vocab_size: int = 23, seed: int = 0) -> Tensor:
@@ -302,22 +310,22 @@ def plain_expert(experts: nn.Module, config: MoEConfig, e: int, x_D: Tensor) -> 
 
 def plain_moe(module: nn.Module, config: MoEConfig, x_D: Tensor) -> Tensor:
     """One token through its experts (DeepSeek-V2, 2.2.1 and 2.2.2; DeepSeek-V3, 2.1.2)."""
-    logits_E = module.router.weight @ x_D
-    logits = (logits_E + module.router.bias if config.router_bias else logits_E).tolist()
+    router, logits_E = config.router, module.router.weight @ x_D
+    logits = (logits_E + module.router.bias if router.router_bias else logits_E).tolist()
     powers = [math.exp(logit) for logit in logits]
-    softmax = config.scoring == "softmax"
+    softmax = router.scoring == "softmax"
     scores = [p / sum(powers) if softmax else p / (1 + p) for p in powers]
     bias = module.router.selection_bias
     choice = [s + (0.0 if bias is None else float(bias[e])) for e, s in enumerate(scores)]
-    size, best = config.num_experts // config.num_groups, 2 if config.group_score != "max" else 1
-    groups = [range(g * size, (g + 1) * size) for g in range(config.num_groups)]
+    size, best = router.num_experts // router.num_groups, 2 if router.group_score != "max" else 1
+    groups = [range(g * size, (g + 1) * size) for g in range(router.num_groups)]
     groups.sort(key=lambda group: -sum(sorted((choice[e] for e in group), reverse=True)[:best]))
-    reachable = [e for group in groups[: config.groups_kept] for e in group]
-    chosen = sorted(reachable, key=lambda e: -choice[e])[: config.top_k]
-    total = sum(scores[e] for e in chosen) if config.normalize else 1.0
+    reachable = [e for group in groups[: router.groups_kept] for e in group]
+    chosen = sorted(reachable, key=lambda e: -choice[e])[: router.top_k]
+    total = sum(scores[e] for e in chosen) if router.normalize else 1.0
     y_D = torch.zeros_like(x_D)
     for e in chosen:
-        y_D += config.scale * scores[e] / total * plain_expert(module.experts, config, e, x_D)
+        y_D += router.scale * scores[e] / total * plain_expert(module.experts, config, e, x_D)
     if module.shared is not None:
         score = module.shared.score.weight[0] @ x_D if config.shared_gate else None
         share = 1.0 if score is None else 1 / (1 + (-score).exp())

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 
@@ -16,16 +16,8 @@ from checkpoints import (
     read_headers,
     unread_keys,
 )
-from modeling import (
-    DenseConfig,
-    GQAConfig,
-    LayerConfig,
-    MLAConfig,
-    ModelConfig,
-    MTPConfig,
-    Transformer,
-)
-from moe import MoEConfig
+from modeling import GQAConfig, LayerConfig, MLAConfig, ModelConfig, MTPConfig, Transformer
+from moe import DenseConfig, ExpertChoice, MoEConfig, RouterConfig, TopK, TopP
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +48,7 @@ def description(path: Path) -> dict[str, Any]:
     counted = count_parameters(model)
     stored, weights = read_headers(path) if path.is_dir() else ({}, {})
     kinds = Counter(weight.stored_as for weight in weights.values())
-    growing, windows = cache_bytes(model)
+    cache = model.make_cache(1, config.max_length)
     return {
         "family": config.published["model_type"],
         "vocabulary": config.vocab_size,
@@ -68,8 +60,8 @@ def description(path: Path) -> dict[str, Any]:
         "parameters of the MTP modules": counted["mtp"],
         "wiring of the MTP modules": wiring_words(config.mtp),
         "bytes in memory (bfloat16)": 2 * (counted["total"] + counted["mtp"]),
-        "cache bytes per token (bfloat16)": growing,
-        "cache bytes of all windows": windows,
+        "cache bytes per token (bfloat16)": cache.bytes_per_token,
+        "cache bytes that stay constant": cache.constant_bytes,
         "with plain multi-head attention": plain_cache_bytes(config, torch.bfloat16.itemsize),
         "stored tensors": len(stored),
         "bytes on disk": sum(tensor.nbytes for tensor in stored.values()),
@@ -86,7 +78,8 @@ def count_parameters(model: Transformer) -> dict[str, int]:
     counts = Counter[str]()
     for name, parameter in model.named_parameters():
         counts["mtp" if name.startswith("mtp.") else "total"] += parameter.numel()
-    idle = sum(idle_parameters(layer, model.config.d_model) for layer in model.config.layers)
+    layers = (layer.feed_forward for layer in model.layers)
+    idle = sum(getattr(feed_forward, "idle_parameters", 0) for feed_forward in layers)
     embedding = 0 if model.config.tied_embeddings else model.embed.weight.numel()
     active = counts["total"] - idle
     return {
@@ -95,19 +88,6 @@ def count_parameters(model: Transformer) -> dict[str, int]:
         "active_without_embedding": active - embedding,
         "mtp": counts["mtp"],
     }
-
-
-def cache_bytes(model: Transformer) -> tuple[int, int]:
-    """What a cached token adds in layers without a window, and what all the windows take."""
-    growing = windows = 0
-    of_one_token, full = model.make_cache(1, 1), model.make_cache(1, model.config.max_length)
-    for i, layer in enumerate(model.config.layers):
-        match layer.attention:
-            case GQAConfig(window=int()):
-                windows += full.layers[i].nbytes
-            case _:
-                growing += of_one_token.layers[i].nbytes
-    return growing, windows
 
 
 def wiring_words(mtp: MTPConfig) -> str:
@@ -130,29 +110,11 @@ def tokenizer_words(path: Path) -> str:
     return f"{tokenizer.vocab_size} ids, {len(tokenizer.templates.names) or 'no'} chat template(s)"
 
 
-def idle_parameters(layer: LayerConfig, d_model: int) -> int:
-    """Of the experts that a token does not use."""
-    match layer.feed_forward:
-        case MoEConfig() as moe:
-            biases = (2 * moe.expert_width + d_model) * moe.expert_biases
-            return (moe.num_experts - moe.top_k) * (3 * d_model * moe.expert_width + biases)
-        case _:
-            return 0
-
-
-def plain_cache_bytes(config: ModelConfig, bytes_per_number: int) -> int:
-    """Per token, if every head's key and value were kept: plain multi-head attention."""
-    numbers = 0
-    for layer in config.layers:
-        match layer.attention:
-            case MLAConfig() as mla:
-                key_width = mla.nope_width + mla.rope.width
-                numbers += mla.num_heads * (key_width + mla.value_width)
-            case GQAConfig() as gqa:
-                numbers += gqa.num_heads * 2 * gqa.head_width
-            case other:
-                assert_never(other)
-    return numbers * bytes_per_number
+def plain_cache_bytes(config: ModelConfig, bytes_per_number: int) -> int | None:
+    """Per token, if every head's key and value were kept; None if an attention does not say."""
+    widths = [getattr(layer.attention, "uncompressed_width", None) for layer in config.layers]
+    known = [width for width in widths if width is not None]
+    return sum(known) * bytes_per_number if len(known) == len(widths) else None
 
 
 def layer_runs(config: ModelConfig) -> dict[str, str]:
@@ -188,7 +150,7 @@ def attention_words(layer: LayerConfig) -> str:
             heads = f"GQA: {gqa.num_heads} heads of {gqa.head_width} over {gqa.kv_heads}"
             return heads + "".join(there)
         case other:
-            assert_never(other)
+            return repr(other)
 
 
 def feed_forward_words(layer: LayerConfig) -> str:
@@ -196,14 +158,25 @@ def feed_forward_words(layer: LayerConfig) -> str:
         case DenseConfig(width=width):
             return f"dense feed-forward of {width}"
         case MoEConfig() as moe:
-            grouped = (
-                f", {moe.groups_kept} of {moe.num_groups} groups" if moe.num_groups > 1 else ""
-            )
             gated = "gated " if moe.shared_gate else ""
             shared = f", {gated}shared expert of {moe.shared_width}" if moe.shared_width else ""
-            return (
-                f"{moe.top_k} of {moe.num_experts} experts of {moe.expert_width} "
-                f"by {moe.scoring}{grouped}{shared}"
-            )
+            return router_words(moe.router, moe.expert_width) + shared
         case other:
-            assert_never(other)
+            return repr(other)
+
+
+def router_words(router: RouterConfig, width: int) -> str:
+    match router:
+        case TopK() as top_k:
+            kept, groups = top_k.groups_kept, top_k.num_groups
+            grouped = f", {kept} of {groups} groups" if groups > 1 else ""
+            of = f"{top_k.top_k} of {top_k.num_experts} experts of {width}"
+            return f"{of} by {top_k.scoring}{grouped}"
+        case TopP() as top_p:
+            of = f"up to {top_p.max_experts} of {top_p.num_experts} experts of {width}"
+            return f"{of}, as many as reach a probability of {top_p.mass:g}"
+        case ExpertChoice() as choice:
+            mean = f"{choice.capacity:g} a token on average"
+            return f"{choice.num_experts} experts of {width} that choose their tokens, {mean}"
+        case other:
+            return f"experts of {width} by {other!r}"

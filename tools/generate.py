@@ -171,7 +171,6 @@ def text_of(tokenizer: Tokenizer, prompt_ids: list[int], ids: list[int]) -> str:
 def figures(model: Transformer, statistics: GenerationStatistics) -> dict[str, Any]:
     """What the run did and cost."""
     counted = count_parameters(model)
-    element = model.embed.weight.element_size()
     return {
         "total_parameters": counted["total"],
         "active_parameters": counted["active"],
@@ -180,7 +179,10 @@ def figures(model: Transformer, statistics: GenerationStatistics) -> dict[str, A
         "generated_tokens": statistics.generated_tokens,
         "generation_tokens_per_second": round(statistics.generation_tokens_per_second, 1),
         "cache_bytes_per_token": statistics.cache_bytes_per_token,
-        "plain_attention_cache_bytes_per_token": plain_cache_bytes(model.config, element),
+        "cache_constant_bytes": statistics.cache_constant_bytes,
+        "plain_attention_cache_bytes_per_token": plain_cache_bytes(
+            model.config, model.dtype.itemsize
+        ),
         "forwards": statistics.forwards,
         "forwards_saved": statistics.forwards_saved,
         "drafted_tokens": statistics.drafted,
@@ -192,6 +194,8 @@ def figures(model: Transformer, statistics: GenerationStatistics) -> dict[str, A
 
 
 def summary(figures: dict[str, Any]) -> str:
+    constant = figures["cache_constant_bytes"]
+    plain = figures["plain_attention_cache_bytes_per_token"]
     lines = [
         f"parameters   {figures['total_parameters']:,} in all, "
         f"{figures['active_parameters']:,} used per token",
@@ -199,8 +203,9 @@ def summary(figures: dict[str, Any]) -> str:
         f"{figures['prompt_tokens_per_second']} a second",
         f"generation   {figures['generated_tokens']} tokens, "
         f"{figures['generation_tokens_per_second']} a second",
-        f"cache        {figures['cache_bytes_per_token']:,} bytes per token; plain multi-head "
-        f"attention: {figures['plain_attention_cache_bytes_per_token']:,}",
+        f"cache        {figures['cache_bytes_per_token']:,} bytes per token"
+        + (f" and {constant:,} constant" if constant else "")
+        + (f"; plain multi-head attention: {plain:,}" if plain is not None else ""),
     ]
     if any(figures["drafted_tokens"]):
         lines += draft_lines(figures)

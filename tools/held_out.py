@@ -48,7 +48,7 @@ def bits_per_byte(model: Transformer, tokens_N: Tensor, num_bytes: int) -> float
     for start in range(0, len(tokens_N) - 1, length - 1):
         tokens_BT = tokens_N[None, start : start + length]
         states = model.hidden_states(tokens_BT)
-        mean_nats = next_token_loss(states.normed_BTD, model.head.weight, tokens_BT).item()
+        mean_nats = next_token_loss(states.normed_BTD, model.head, tokens_BT).item()
         nats += mean_nats * (tokens_BT.shape[1] - 1)
         model.mtp_hidden_states(states, tokens_BT)
     return nats / math.log(2) / num_bytes

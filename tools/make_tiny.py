@@ -59,16 +59,15 @@ def write_tiny(family: str, path: Path, seed: int = 0, **changes: Any) -> None:
 
 @torch.no_grad()
 def randomize(model: Transformer, seed: int) -> None:
-    """Draw every parameter and selection bias: matrices so that activations keep their size."""
+    """Draw every parameter and selection bias: matrices so that activations keep their size, the
+    rest around where it begins, norms at 1 and biases at 0."""
     generator = torch.Generator().manual_seed(seed)
-    for name, tensor in model.state_dict().items():
+    for tensor in model.state_dict().values():
         drawn = torch.randn(tensor.shape, generator=generator)
-        if name.endswith("norm.weight"):
-            tensor.copy_(1 + drawn / 4)
-        elif tensor.dim() == 1:
-            tensor.copy_(drawn / 4)
-        else:
+        if tensor.dim() > 1:
             tensor.copy_(drawn * tensor.shape[-1] ** -0.5 * 1.5)
+        else:
+            tensor.copy_(tensor.mean().round() + drawn / 4)
 
 
 WORDS = """\

@@ -114,7 +114,7 @@ def probe(model: Transformer, tokens_N: Tensor, depths: int, piece: int) -> list
     ]
     hits: list[list[Tensor]] = [[] for _ in wirings]
     counts_K = torch.zeros(depths, dtype=torch.int64)
-    pieces = tokens_N.to(model.embed.weight.device).split(piece)
+    pieces = tokens_N.to(model.device).split(piece)
     for tokens_n in tqdm(pieces, unit="piece", file=sys.stderr, disable=None):
         tokens_Bn = tokens_n[None]
         states = model.hidden_states(tokens_Bn)

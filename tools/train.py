@@ -22,10 +22,10 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoints import load_model, load_tokenizer, read_config
@@ -33,7 +33,6 @@ from modeling import Transformer, mtp_loss, next_token_loss
 from moe import (
     expert_load,
     record_routing,
-    routers,
     sequence_balance_loss,
     updated_selection_bias,
 )
@@ -193,8 +192,7 @@ def prepared(
             raise ValueError("--only-mtp: there are no MTP modules; give a --config that has some")
         model.requires_grad_(False).mtp.requires_grad_(True)
     depth_weights(args, len(model.mtp))
-    keep_routers_exact(model.to(device), device)
-    return model, stored_dtypes
+    return model.to(device), stored_dtypes
 
 
 def check(args: argparse.Namespace) -> None:
@@ -239,7 +237,7 @@ def train_step(
     reduced = torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=in_bfloat16)
     with record_routing(model) as routings, reduced:
         states = model.hidden_states(tokens_BT)
-        loss = next_token_loss(states.normed_BTD, model.head.weight, tokens_BT)
+        loss = next_token_loss(states.normed_BTD, model.head, tokens_BT)
         further = torch.zeros_like(loss)
         if model.mtp:
             further = mtp_loss(
@@ -262,11 +260,12 @@ def train_step(
         group["lr"] = rate
     optimizer.step()
     loads = {layer: expert_load(routing) for layer, routing in routings.items()}
-    for layer, router in routers(model).items():
-        if router.selection_bias is not None and router.weight.requires_grad:
-            router.selection_bias.copy_(
-                updated_selection_bias(router.selection_bias, loads[layer], args.bias_rate)
-            )
+    for layer, router in routings.routers.items():
+        bias_E = router.selection_bias
+        if bias_E is not None and any(
+            p.requires_grad for p in cast(nn.Module, router).parameters()
+        ):
+            bias_E.copy_(updated_selection_bias(bias_E, loads[layer], args.bias_rate))
     return {
         "loss": round(loss.item(), 5),
         "mtp_loss": round(further.item(), 5),
@@ -275,12 +274,6 @@ def train_step(
         "least_load": round(min((load.min().item() for load in loads.values()), default=1.0), 3),
         "greatest_load": round(max((load.max().item() for load in loads.values()), default=1.0), 3),
     }
-
-
-def keep_routers_exact(model: Transformer, device: torch.device) -> None:
-    """Have routers compute in their own precision where the rest runs in bfloat16."""
-    for router in routers(model).values():
-        router.forward = torch.autocast(device.type, enabled=False)(router.forward)  # type: ignore[method-assign]
 
 
 def depth_weights(args: argparse.Namespace, num_mtp: int) -> list[float]:

@@ -136,7 +136,7 @@ def take_over(model: Transformer, there: Transformer, start: Path) -> dict[str, 
         raise ValueError(f"{start}: has MTP modules or tensors of them that --config has not")
     if result.missing_keys:
         print(f"note: {len(result.missing_keys)} tensors of MTP modules are new", file=sys.stderr)
-    own = there.embed.weight.dtype
+    own = there.dtype
     return {**dict.fromkeys(result.missing_keys, own), **{n: x.dtype for n, x in state.items()}}
 
 

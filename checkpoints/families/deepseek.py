@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from modeling import DenseConfig, LayerConfig, MLAConfig, ModelConfig, MTPConfig, RopeConfig
-from moe import MoEConfig
+from modeling import LayerConfig, MLAConfig, ModelConfig, MTPConfig, RopeConfig
+from moe import DenseConfig, MoEConfig, TopK
 
 from ..config_file import Fields
 from ..mapping import Rule
@@ -23,17 +23,19 @@ def v3_experts(fields: Fields, sigmoid: Sequence[str] = ("sigmoid",)) -> MoEConf
     fields.choice("scoring_func", known=sigmoid, default="sigmoid")
     fields.choice("topk_method", known=["noaux_tc"], default="noaux_tc")
     return MoEConfig(
-        scoring="sigmoid",
-        selection_bias=True,
-        num_experts=fields.integer("n_routed_experts", "num_local_experts"),
-        top_k=fields.integer("num_experts_per_tok"),
+        router=TopK(
+            scoring="sigmoid",
+            selection_bias=True,
+            num_experts=fields.integer("n_routed_experts", "num_local_experts"),
+            top_k=fields.integer("num_experts_per_tok"),
+            num_groups=fields.integer("n_group", default=1),
+            groups_kept=fields.integer("topk_group", default=1),
+            group_score="top2_sum",
+            normalize=fields.flag("norm_topk_prob"),
+            normalize_epsilon=1e-20,
+            scale=fields.number("routed_scaling_factor"),
+        ),
         expert_width=fields.integer("moe_intermediate_size"),
-        num_groups=fields.integer("n_group", default=1),
-        groups_kept=fields.integer("topk_group", default=1),
-        group_score="top2_sum",
-        normalize=fields.flag("norm_topk_prob"),
-        normalize_epsilon=1e-20,
-        scale=fields.number("routed_scaling_factor"),
         shared_width=shared_width(fields),
     )
 

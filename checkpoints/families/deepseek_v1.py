@@ -7,7 +7,7 @@ computed in the weights' precision.
 from dataclasses import replace
 
 from modeling import LayerConfig, ModelConfig
-from moe import MoEConfig
+from moe import MoEConfig, TopK
 
 from ..config_file import Fields
 from ..mapping import Family
@@ -18,13 +18,15 @@ from .deepseek import FEED_FORWARD, dense, shared_width
 def read_config(fields: Fields) -> ModelConfig:
     fields.choice("scoring_func", known=["softmax"], default="softmax")
     moe = MoEConfig(
-        scoring="softmax",
-        router_precision="weights",
-        num_experts=fields.integer("n_routed_experts"),
-        top_k=fields.integer("num_experts_per_tok"),
+        router=TopK(
+            scoring="softmax",
+            router_precision="weights",
+            num_experts=fields.integer("n_routed_experts"),
+            top_k=fields.integer("num_experts_per_tok"),
+            normalize=fields.flag("norm_topk_prob"),
+            normalize_epsilon=1e-20,
+        ),
         expert_width=fields.integer("moe_intermediate_size"),
-        normalize=fields.flag("norm_topk_prob"),
-        normalize_epsilon=1e-20,
         shared_width=shared_width(fields),
     )
     rope = llama.rope_config(fields, llama.head_width(fields))

@@ -9,7 +9,7 @@ which is the default here as elsewhere.
 from dataclasses import replace
 
 from modeling import LayerConfig, ModelConfig
-from moe import MoEConfig
+from moe import MoEConfig, TopK
 
 from ..config_file import Fields
 from ..mapping import Family, Rule
@@ -26,13 +26,15 @@ def read_config(fields: Fields) -> ModelConfig:
     expert_width = fields.integer("moe_intermediate_size")
     num_shared = fields.integer("moe_num_shared_experts", default=0, at_least=0)
     moe = MoEConfig(
-        scoring="softmax",
-        selection_bias=True,
-        num_experts=fields.integer("moe_num_experts", "num_experts"),
-        top_k=fields.integer("moe_k", "num_experts_per_tok"),
+        router=TopK(
+            scoring="softmax",
+            selection_bias=True,
+            num_experts=fields.integer("moe_num_experts", "num_experts"),
+            top_k=fields.integer("moe_k", "num_experts_per_tok"),
+            normalize=True,
+            normalize_minimum=fields.number("moe_norm_min", default=1e-12),
+        ),
         expert_width=expert_width,
-        normalize=True,
-        normalize_minimum=fields.number("moe_norm_min", default=1e-12),
         shared_width=num_shared * expert_width,
     )
     tied = fields.flag("tie_word_embeddings", default=True)

@@ -7,7 +7,7 @@ Experts are fused on disk, transposed, and the columns of gate and up alternate.
 from dataclasses import replace
 
 from modeling import LayerConfig, ModelConfig
-from moe import Clamp, ConfigError, MoEConfig
+from moe import Clamp, ConfigError, MoEConfig, TopK
 
 from ..config_file import Fields
 from ..mapping import Family, Rule
@@ -30,15 +30,17 @@ def read_config(fields: Fields) -> ModelConfig:
         fields.number("swiglu_alpha", default=1.702),
     )
     moe = MoEConfig(
-        scoring="softmax",
-        router_precision="weights",
-        router_bias=True,
-        num_experts=fields.integer("num_local_experts", "num_experts"),
-        top_k=fields.integer("num_experts_per_tok", "experts_per_token"),
+        router=TopK(
+            scoring="softmax",
+            router_precision="weights",
+            router_bias=True,
+            num_experts=fields.integer("num_local_experts", "num_experts"),
+            top_k=fields.integer("num_experts_per_tok", "experts_per_token"),
+            normalize=True,  # the softmax over the chosen logits
+        ),
         expert_width=fields.integer("intermediate_size"),
         expert_biases=True,
         clamp=Clamp(limit=limit, alpha=alpha),
-        normalize=True,  # the softmax over the chosen logits
     )
     layers = [
         LayerConfig(attention=replace(attention, window=window), feed_forward=moe)

@@ -1,7 +1,7 @@
 """Granite-MoE: four multipliers, a softmax over the chosen logits, experts fused on disk."""
 
 from modeling import LayerConfig, ModelConfig
-from moe import MoEConfig
+from moe import MoEConfig, TopK
 
 from ..config_file import Fields
 from ..mapping import Family, Rule
@@ -16,12 +16,14 @@ def read_config(fields: Fields) -> ModelConfig:
         **llama.biases(fields),
     )
     moe = MoEConfig(
-        scoring="softmax",
-        router_precision="weights",
-        num_experts=fields.integer("num_local_experts"),
-        top_k=fields.integer("num_experts_per_tok"),
+        router=TopK(
+            scoring="softmax",
+            router_precision="weights",
+            num_experts=fields.integer("num_local_experts"),
+            top_k=fields.integer("num_experts_per_tok"),
+            normalize=True,  # the softmax over the chosen logits
+        ),
         expert_width=fields.integer("intermediate_size"),
-        normalize=True,  # the softmax over the chosen logits
     )
     layer = LayerConfig(
         attention=attention,

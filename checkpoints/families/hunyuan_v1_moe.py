@@ -1,7 +1,7 @@
 """Hunyuan-A13B: q/k norms after rope, rope's base stretched once and for all, a shared expert."""
 
 from modeling import LayerConfig, ModelConfig, RopeConfig
-from moe import ConfigError, MoEConfig
+from moe import ConfigError, MoEConfig, TopK
 
 from ..config_file import Fields
 from ..mapping import Family, Rule
@@ -42,11 +42,13 @@ def experts(fields: Fields) -> list[MoEConfig]:
         raise ConfigError("num_shared_expert: expected one in every layer")
     return [
         MoEConfig(
-            scoring="softmax",
-            num_experts=num_experts,
-            top_k=top_k,
+            router=TopK(
+                scoring="softmax",
+                num_experts=num_experts,
+                top_k=top_k,
+                normalize=True,
+            ),
             expert_width=expert_width,
-            normalize=True,
             shared_width=width,
         )
         for num_experts, top_k, expert_width in zip(

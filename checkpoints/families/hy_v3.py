@@ -4,7 +4,7 @@ Files hold the tensors of the MTP module without copies of embedding and head.
 """
 
 from modeling import ModelConfig
-from moe import MoEConfig
+from moe import MoEConfig, TopK
 
 from ..config_file import Fields
 from ..mapping import Family, Rule
@@ -33,14 +33,16 @@ def read_config(fields: Fields) -> ModelConfig:
     )
     expert_width = fields.integer("moe_intermediate_size")
     moe = MoEConfig(
-        scoring="sigmoid",
-        selection_bias=True,
-        num_experts=fields.integer("num_experts", "num_local_experts"),
-        top_k=fields.integer("num_experts_per_tok"),
+        router=TopK(
+            scoring="sigmoid",
+            selection_bias=True,
+            num_experts=fields.integer("num_experts", "num_local_experts"),
+            top_k=fields.integer("num_experts_per_tok"),
+            normalize=True,
+            normalize_epsilon=1e-20,
+            scale=fields.number("router_scaling_factor"),
+        ),
         expert_width=expert_width,
-        normalize=True,
-        normalize_epsilon=1e-20,
-        scale=fields.number("router_scaling_factor"),
         shared_width=expert_width * fields.integer("num_shared_experts"),
     )
     return dense_and_sparse(fields, attention, moe, layer_kinds(fields), mtp=True)

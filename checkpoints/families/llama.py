@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from modeling import GQAConfig, LayerConfig, ModelConfig, QKNormConfig, RopeConfig, YarnConfig
-from moe import ConfigError, require
+from moe import ConfigError
 
 from ..config_file import Fields
 from ..mapping import Rule
@@ -63,7 +63,9 @@ def head_width(fields: Fields) -> int:
     if fields.has("head_dim", "attention_head_dim"):
         return fields.integer("head_dim", "attention_head_dim")
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    require(width % heads == 0, "num_attention_heads", heads, f"must divide hidden_size = {width}")
+    fields.check(
+        width % heads == 0, "num_attention_heads", heads, f"a divisor of hidden_size = {width}"
+    )
     return width // heads
 
 

@@ -4,7 +4,7 @@ The config announces MTP modules (num_mtp_modules) of which no tensor is publish
 """
 
 from modeling import LayerConfig, ModelConfig
-from moe import ConfigError, MoEConfig
+from moe import ConfigError, MoEConfig, TopK
 
 from ..config_file import Fields
 from ..mapping import Family, Rule
@@ -26,13 +26,15 @@ def read_config(fields: Fields) -> ModelConfig:
         qk_norm=llama.qk_norm(fields, over="all"),
     )
     moe = MoEConfig(
-        scoring="sigmoid",
-        router_precision="weights",
-        selection_bias=True,
-        num_experts=fields.integer("num_local_experts", "num_experts"),
-        top_k=fields.integer("num_experts_per_tok"),
+        router=TopK(
+            scoring="sigmoid",
+            router_precision="weights",
+            selection_bias=True,
+            num_experts=fields.integer("num_local_experts", "num_experts"),
+            top_k=fields.integer("num_experts_per_tok"),
+            normalize=True,
+        ),
         expert_width=fields.integer("intermediate_size"),
-        normalize=True,
     )
     layer = LayerConfig(attention=attention, feed_forward=moe)
     return llama.model_config(fields, [layer] * llama.num_layers(fields))

@@ -1,7 +1,7 @@
 """Mixtral 8x7B and 8x22B: grouped-query attention, a few wide experts, weights that sum to one."""
 
 from modeling import LayerConfig, ModelConfig
-from moe import MoEConfig
+from moe import MoEConfig, TopK
 
 from ..config_file import Fields
 from ..mapping import Family, Rule
@@ -12,12 +12,14 @@ def read_config(fields: Fields) -> ModelConfig:
     rope = llama.rope_config(fields, llama.head_width(fields), theta=1e6)
     attention = llama.grouped_query(fields, rope, window=fields.optional_integer("sliding_window"))
     moe = MoEConfig(
-        scoring="softmax",
-        router_precision="weights",
-        num_experts=fields.integer("num_local_experts", "num_experts"),
-        top_k=fields.integer("num_experts_per_tok"),
+        router=TopK(
+            scoring="softmax",
+            router_precision="weights",
+            num_experts=fields.integer("num_local_experts", "num_experts"),
+            top_k=fields.integer("num_experts_per_tok"),
+            normalize=True,  # always: the config has no key for it
+        ),
         expert_width=fields.integer("intermediate_size"),
-        normalize=True,  # always: the config has no key for it
     )
     layer = LayerConfig(attention=attention, feed_forward=moe)
     return llama.model_config(fields, [layer] * llama.num_layers(fields))

@@ -1,7 +1,7 @@
 """OLMoE: q/k norms over all heads at once, many small experts, weights that are not normalised."""
 
 from modeling import LayerConfig, ModelConfig
-from moe import MoEConfig
+from moe import MoEConfig, TopK
 
 from ..config_file import Fields
 from ..mapping import Family
@@ -25,12 +25,14 @@ def attention(fields: Fields, theta: float):
 
 def experts(fields: Fields) -> MoEConfig:
     return MoEConfig(
-        scoring="softmax",
-        router_precision="weights",
-        num_experts=fields.integer("num_experts", "num_local_experts"),
-        top_k=fields.integer("num_experts_per_tok"),
+        router=TopK(
+            scoring="softmax",
+            router_precision="weights",
+            num_experts=fields.integer("num_experts", "num_local_experts"),
+            top_k=fields.integer("num_experts_per_tok"),
+            normalize=fields.flag("norm_topk_prob"),
+        ),
         expert_width=fields.integer("intermediate_size"),
-        normalize=fields.flag("norm_topk_prob"),
     )
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from modeling import DenseConfig, GQAConfig, LayerConfig, ModelConfig
-from moe import MoEConfig
+from modeling import GQAConfig, LayerConfig, ModelConfig
+from moe import DenseConfig, MoEConfig, TopK
 
 from ..config_file import Fields
 from ..mapping import Family, Rule
@@ -14,12 +14,14 @@ def read_config(fields: Fields) -> ModelConfig:
     rope = llama.rope_config(fields, llama.head_width(fields))
     attention = llama.grouped_query(fields, rope, qkv_bias=fields.flag("qkv_bias", default=True))
     moe = MoEConfig(
-        scoring="softmax",
-        router_precision="weights",
-        num_experts=fields.integer("num_experts"),
-        top_k=fields.integer("num_experts_per_tok"),
+        router=TopK(
+            scoring="softmax",
+            router_precision="weights",
+            num_experts=fields.integer("num_experts"),
+            top_k=fields.integer("num_experts_per_tok"),
+            normalize=fields.flag("norm_topk_prob"),
+        ),
         expert_width=fields.integer("moe_intermediate_size"),
-        normalize=fields.flag("norm_topk_prob"),
         shared_width=fields.integer("shared_expert_intermediate_size"),
         shared_gate=True,
     )

@@ -1,7 +1,7 @@
 """Qwen3-MoE: q/k norms per head, a width of heads of its own, no shared expert."""
 
 from modeling import LayerConfig, ModelConfig
-from moe import MoEConfig
+from moe import MoEConfig, TopK
 
 from ..config_file import Fields
 from ..mapping import Family
@@ -15,13 +15,15 @@ def read_config(fields: Fields) -> ModelConfig:
         fields, rope, qk_norm=llama.qk_norm(fields), **llama.biases(fields)
     )
     moe = MoEConfig(
-        scoring="softmax",
-        router_precision="weights",
-        num_experts=fields.integer("num_experts", "num_local_experts"),
-        top_k=fields.integer("num_experts_per_tok"),
+        router=TopK(
+            scoring="softmax",
+            router_precision="weights",
+            num_experts=fields.integer("num_experts", "num_local_experts"),
+            top_k=fields.integer("num_experts_per_tok"),
+            # no default: transformers' is false and every release says true
+            normalize=fields.flag("norm_topk_prob"),
+        ),
         expert_width=fields.integer("moe_intermediate_size"),
-        # no default: transformers' is false and every release says true
-        normalize=fields.flag("norm_topk_prob"),
     )
     attention = all_windows(attention, fields)
     layers = [

@@ -1,91 +1,62 @@
-"""Scaled dot-product attention with a causal mask, and grouped-query attention on top of it.
+"""Grouped-query attention (Ainslie et al. 2023), with windows, sinks and query-key norms.
 
 Shapes: B batch, T new tokens, S keys to attend to, D model width, H heads, J key-value heads,
-P head width, M value width.
+P head width.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..cache import LayerCache, WindowCache
-from ..config import GQAConfig
+from moe import Config, Count, Positive
+
+from ..cache import LayerCache
 from ..norm import RMSNorm
-from ..rope import Positions, rotate
+from ..rope import RopeConfig, rotate
+from ..step import Step
+from .caches import EntryCache, WindowCache
+from .dot_product import attend, attend_with_sinks
 
 
-def visible(positions: Positions, keys_BS: Tensor | None, window: int | None = None) -> Tensor:
-    """Which keys, of these positions, each query may see; bool (B, 1, T, S).
+@dataclass(frozen=True, kw_only=True)
+class QKNormConfig(Config):
+    """RMS norms on queries and keys (Dehghani et al. 2023, section 2, with RMS for layer norms)."""
 
-    Those at its own position and before, of which a window counts the last so many, itself
-    included. A key of a negative position is none. keys_BS None: the keys are the queries' own.
-    """
-    keys_BS = positions.indices_BT if keys_BS is None else keys_BS
-    query_B1T1, key_B11S = positions.indices_BT[:, None, :, None], keys_BS[:, None, None]
-    seen = (key_B11S >= 0) & (key_B11S <= query_B1T1)
-    return seen if window is None else seen & (key_B11S > query_B1T1 - window)
+    over: Literal["head", "all"] = "head"  # each head by itself, or all heads as one vector
+    after_rope: bool = False  # else before; they differ because the norms' weights do not rotate
+    epsilon: Positive
 
 
-def attend(
-    q_BHTP: Tensor,
-    k_BJSP: Tensor,
-    v_BJSM: Tensor,
-    positions: Positions,
-    keys_BS: Tensor | None,
-    scale: float,
-    window: int | None = None,
-) -> Tensor:
-    """softmax(scale * q k^T + causal mask) v, (B, H, T, M); J divides H.
+@dataclass(frozen=True, kw_only=True)
+class GQAConfig(Config):
+    """Grouped-query attention; multi-head where kv_heads = num_heads."""
 
-    Among the queries' own keys, without a window, the mask is the plain triangle. Values narrower
-    than the keys are padded with zeros: torch's kernels that never write the (T, S) scores want
-    one width for both.
-    """
-    P, M = q_BHTP.shape[3], v_BJSM.shape[3]
-    triangle = keys_BS is None and window is None
-    y_BHTm = F.scaled_dot_product_attention(
-        q_BHTP,
-        k_BJSP,
-        F.pad(v_BJSM, (0, P - M)) if M < P else v_BJSM,
-        attn_mask=None if triangle else visible(positions, keys_BS, window),
-        is_causal=triangle,
-        scale=scale,
-        enable_gqa=q_BHTP.shape[1] != k_BJSP.shape[1],
-    )
-    return y_BHTm[..., :M]
+    num_heads: Count
+    kv_heads: Count
+    head_width: Count
+    rope: RopeConfig  # its width may be less than head_width: the first dimensions are rotated
+    scale: Positive | None = None  # of the scores; None: head_width ** -0.5
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: QKNormConfig | None = None
+    window: Count | None = None  # how many positions a query sees, its own included; None: all
+    sinks: bool = False  # a learned score per head that takes part in the softmax and has no value
 
+    def check(self) -> None:
+        self.require(self.num_heads % self.kv_heads == 0, "kv_heads", "divide {num_heads}")
+        fits = self.rope.width <= self.head_width
+        self.require(fits, "head_width", f"be >= the {self.rope.width} rotated dimensions")
 
-def attend_with_sinks(
-    q_BHTP: Tensor,
-    k_BJSP: Tensor,
-    v_BJSM: Tensor,
-    positions: Positions,
-    keys_BS: Tensor | None,
-    scale: float,
-    window: int | None,
-    sinks_H: Tensor,
-) -> Tensor:
-    """`attend` with one more score per head in each softmax, `sinks_H`, which has no value.
+    @property
+    def uncompressed_width(self) -> int:
+        """Numbers that plain multi-head attention with these heads keeps of a token."""
+        return self.num_heads * 2 * self.head_width
 
-    So a head may attend to nothing (Xiao et al. 2023, section 3.3; gpt-oss). Computed as one more
-    key: every query gets a dimension that holds its head's sink, which only that key has too;
-    it stands at position 0 and has a value of zeros. That leaves the softmax to torch's kernels.
-    """
-    sink_BHT1 = (sinks_H / scale)[:, None, None].expand(*q_BHTP.shape[:3], 1)
-    q_BHTp = torch.cat([q_BHTP, sink_BHT1.to(q_BHTP.dtype)], dim=-1)
-    k_BJsp = F.pad(k_BJSP, (0, 1, 1, 0))
-    k_BJsp[:, :, 0, -1] = 1.0
-    P, M = q_BHTp.shape[3], v_BJSM.shape[3]
-    y_BHTm = F.scaled_dot_product_attention(
-        q_BHTp,
-        k_BJsp,
-        F.pad(v_BJSM, (0, max(0, P - M), 1, 0)),
-        attn_mask=F.pad(visible(positions, keys_BS, window), (1, 0), value=True),
-        scale=scale,
-        enable_gqa=q_BHTP.shape[1] != k_BJSP.shape[1],
-    )
-    return y_BHTm[..., :M]
+    def build(self, d_model: int) -> "GroupedQueryAttention":
+        return GroupedQueryAttention(d_model, self)
 
 
 class AllHeadsNorm(RMSNorm):
@@ -96,7 +67,12 @@ class AllHeadsNorm(RMSNorm):
 
 
 class GroupedQueryAttention(nn.Module):
-    """Attention whose H query heads share J key-value heads; caches keys (rotated) and values."""
+    """Attention whose H query heads share J key-value heads; caches keys (rotated) and values.
+
+    Sinks begin at 0.
+    """
+
+    residual_outputs = ("o.weight",)
 
     def __init__(self, d_model: int, config: GQAConfig) -> None:
         super().__init__()
@@ -106,43 +82,53 @@ class GroupedQueryAttention(nn.Module):
         self.k = nn.Linear(d_model, J * P, bias=config.qkv_bias)
         self.v = nn.Linear(d_model, J * P, bias=config.qkv_bias)
         self.o = nn.Linear(H * P, d_model, bias=config.output_bias)
-        self.q_norm, self.k_norm = qk_norm(config, H), qk_norm(config, J)
+        self.q_norm, self.k_norm = make_qk_norm(config, H), make_qk_norm(config, J)
         self.sinks = nn.Parameter(torch.empty(H)) if config.sinks else None
         scale = P**-0.5 if config.scale is None else config.scale
         self.scale = scale * config.rope.softmax_multiplier
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
     def make_cache(self, batch_size: int, max_length: int, rollback: int = 0) -> LayerCache:
         widths, window = [self.config.kv_heads * self.config.head_width] * 2, self.config.window
         if window is None:
-            return LayerCache(batch_size, max_length, widths, like=self.k.weight)
-        return WindowCache(batch_size, max_length, widths, self.k.weight, window, rollback)
+            return EntryCache(batch_size, max_length, widths)
+        return WindowCache(batch_size, max_length, widths, window, rollback)
 
-    def forward(self, x_BTD: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, step: Step, cache: EntryCache | WindowCache | None) -> Tensor:
         P, window = self.config.head_width, self.config.window
         q_BTHP = rearrange(self.q(x_BTD), "B T (H P) -> B T H P", P=P)
         k_BTJP = rearrange(self.k(x_BTD), "B T (J P) -> B T J P", P=P)
-        q_BTHP = self.placed(q_BTHP, self.q_norm, positions)
-        k, v = self.placed(k_BTJP, self.k_norm, positions).flatten(2), self.v(x_BTD)
+        q_BTHP = self.norm_and_rotate(q_BTHP, self.q_norm, step)
+        k, v = self.norm_and_rotate(k_BTJP, self.k_norm, step).flatten(2), self.v(x_BTD)
         keys_BS = None
         if cache is not None:
-            (k, v), keys_BS = cache.append(k, v, counts=positions.counts)
+            (k, v), keys_BS = cache.append(k, v, counts=step.counts)
         k_BJSP = rearrange(k, "B S (J P) -> B J S P", P=P)
         v_BJSP = rearrange(v, "B S (J P) -> B J S P", P=P)
         qkv = q_BTHP.transpose(1, 2), k_BJSP, v_BJSP
         if self.sinks is None:
-            y_BHTP = attend(*qkv, positions, keys_BS, self.scale, window)
+            y_BHTP = attend(*qkv, step, keys_BS, self.scale, window)
         else:
-            y_BHTP = attend_with_sinks(*qkv, positions, keys_BS, self.scale, window, self.sinks)
+            y_BHTP = attend_with_sinks(*qkv, step, keys_BS, self.scale, window, self.sinks)
         return self.o(rearrange(y_BHTP, "B H T P -> B T (H P)"))
 
-    def placed(self, x_BTHP: Tensor, norm: nn.Module, positions: Positions) -> Tensor:
+    def norm_and_rotate(self, x_BTHP: Tensor, norm: nn.Module, step: Step) -> Tensor:
         """Queries or keys normalised and rotated to their positions, in the config's order."""
         if self.config.qk_norm is not None and self.config.qk_norm.after_rope:
-            return norm(rotate(x_BTHP, self.config.rope, positions))
-        return rotate(norm(x_BTHP), self.config.rope, positions)
+            return norm(rotate(x_BTHP, self.config.rope, step))
+        return rotate(norm(x_BTHP), self.config.rope, step)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        sinks = ", sinks" if c.sinks else ""
+        return f"{c.num_heads} heads of {c.head_width} over {c.kv_heads}, window={c.window}{sinks}"
 
 
-def qk_norm(config: GQAConfig, num_heads: int) -> nn.Module:
+def make_qk_norm(config: GQAConfig, num_heads: int) -> nn.Module:
     """The norm of queries or keys of so many heads."""
     if config.qk_norm is None:
         return nn.Identity()

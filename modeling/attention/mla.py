@@ -8,25 +8,55 @@ key is [W_UK c | r] and its value W_UV c. Two forms compute the same:
             carry the result out with W_UV: nothing is made per cached position.
 
 Shapes: B batch, T new tokens, S positions so far, D model width, H heads, P head width without
-position, R rotated width, M value width, C latent rank, Q query rank.
+position, R rotated width, M value width, C latent rank, Q query rank, W = C + R, p and m a head's
+whole query and its key and value, h = H * (P + M).
 """
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe import Config, Count, Positive
+
 from ..cache import LayerCache
-from ..config import MLAConfig
+from ..linear import plain_weight
 from ..norm import RMSNorm
-from ..rope import Positions, rotate
-from .gqa import attend, visible
+from ..rope import RopeConfig, rotate
+from ..step import Step
+from .caches import EntryCache
+from .dot_product import attend, visible
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLAConfig(Config):
+    """Multi-head latent attention."""
+
+    num_heads: Count
+    query_rank: Count | None  # None: queries are not compressed
+    kv_rank: Count  # width of the latent that keys and values are made from
+    nope_width: Count  # of a head's query and key: the part without position
+    value_width: Count
+    rope: RopeConfig  # its width is the other part of a head's query, and the one shared rotary key
+    bias: bool = False  # on the two compressions and the output, nowhere else
+    latent_norm_epsilon: Positive = 1e-6  # of the norms inside the attention
+
+    @property
+    def uncompressed_width(self) -> int:
+        """Numbers that plain multi-head attention with these heads keeps of a token."""
+        return self.num_heads * (self.nope_width + self.rope.width + self.value_width)
+
+    def build(self, d_model: int) -> "MultiHeadLatentAttention":
+        return MultiHeadLatentAttention(d_model, self)
 
 
 class MultiHeadLatentAttention(nn.Module):
     """MLA with or without query compression; caches exactly (c, r): C + R numbers per token."""
+
+    residual_outputs = ("o.weight",)
 
     def __init__(self, d_model: int, config: MLAConfig) -> None:
         super().__init__()
@@ -49,41 +79,42 @@ class MultiHeadLatentAttention(nn.Module):
         self.scale = (P + R) ** -0.5 * config.rope.softmax_multiplier
 
     def make_cache(self, batch_size: int, max_length: int, rollback: int = 0) -> LayerCache:
-        width = self.config.kv_rank + self.config.rope.width  # `rollback` of any size is possible
-        return LayerCache(batch_size, max_length, [width], like=self.kv_compress.weight)
+        width = self.config.kv_rank + self.config.rope.width
+        return EntryCache(batch_size, max_length, [width])
 
-    def forward(self, x_BTD: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, step: Step, cache: EntryCache | None) -> Tensor:
         c, rope = self.config, self.config.rope
         q_BTHp = rearrange(self.q(x_BTD), "B T (H p) -> B T H p", H=c.num_heads)
         q_BTHP, q_BTHR = q_BTHp.split([c.nope_width, rope.width], dim=-1)
-        q_BTHR = rotate(q_BTHR, rope, positions)
+        q_BTHR = rotate(q_BTHR, rope, step)
         latent_BTC, key_BTR = self.kv_compress(x_BTD).split([c.kv_rank, rope.width], dim=-1)
-        key_BTR = rotate(key_BTR[:, :, None], rope, positions).squeeze(2)
+        key_BTR = rotate(key_BTR[:, :, None], rope, step).squeeze(2)
         kept_BSW = torch.cat([self.kv_norm(latent_BTC), key_BTR], dim=-1)
         keys_BS = None
         if cache is not None:
-            (kept_BSW,), keys_BS = cache.append(kept_BSW, counts=positions.counts)
-        absorbing = absorbing_pays(x_BTD.shape[1], kept_BSW.shape[1], c)
+            (kept_BSW,), keys_BS = cache.append(kept_BSW, counts=step.counts)
+        plain = plain_weight(self.kv_expand) is not None
+        absorbing = plain and absorbing_pays(x_BTD.shape[1], kept_BSW.shape[1], c)
         form = self.absorbed if absorbing else self.expanded
-        return self.o(form(q_BTHP, q_BTHR, kept_BSW, positions, keys_BS).flatten(2))
+        return self.o(form(q_BTHP, q_BTHR, kept_BSW, step, keys_BS).flatten(2))
 
     def expanded(
         self,
         q_BTHP: Tensor,
         q_BTHR: Tensor,
         kept_BSW: Tensor,
-        positions: Positions,
+        step: Step,
         keys_BS: Tensor | None,
     ) -> Tensor:
         """Attend per head to keys and values made from the latents; (B, T, H, M)."""
         c = self.config
         latent_BSC, key_BSR = kept_BSW.split([c.kv_rank, c.rope.width], dim=-1)
-        kv_BHSm = rearrange(self.kv_expand(latent_BSC), "B S (H p) -> B H S p", H=c.num_heads)
+        kv_BHSm = rearrange(self.kv_expand(latent_BSC), "B S (H m) -> B H S m", H=c.num_heads)
         k_BHSP, v_BHSM = kv_BHSm.split([c.nope_width, c.value_width], dim=-1)
         shared_BHSR = key_BSR[:, None].expand(-1, c.num_heads, -1, -1)
         q_BHTp = torch.cat([q_BTHP, q_BTHR], dim=-1).transpose(1, 2)
         k_BHSp = torch.cat([k_BHSP, shared_BHSR], dim=-1)
-        y_BHTM = attend(q_BHTp, k_BHSp, v_BHSM, positions, keys_BS, self.scale)
+        y_BHTM = attend(q_BHTp, k_BHSp, v_BHSM, step, keys_BS, self.scale)
         return y_BHTM.transpose(1, 2)
 
     def absorbed(
@@ -91,7 +122,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_BTHP: Tensor,
         q_BTHR: Tensor,
         kept_BSW: Tensor,
-        positions: Positions,
+        step: Step,
         keys_BS: Tensor | None,
     ) -> Tensor:
         """Attend in the latent space, all heads to the same latents; (B, T, H, M).
@@ -99,12 +130,13 @@ class MultiHeadLatentAttention(nn.Module):
         The heads are laid out as further query rows of one head, and the values are the whole
         kept entries (of the result only the latent part is used): one fast kernel, no copies.
         """
-        c = self.config
-        weight_HpC = rearrange(self.kv_expand.weight, "(H p) C -> H p C", H=c.num_heads)
-        w_uk_HPC, w_uv_HMC = weight_HpC.split([c.nope_width, c.value_width], dim=1)
+        c, weight_hC = self.config, plain_weight(self.kv_expand)
+        assert weight_hC is not None, "kv_expand is more than its weight: call `expanded`"
+        weight_HmC = rearrange(weight_hC, "(H m) C -> H m C", H=c.num_heads)
+        w_uk_HPC, w_uv_HMC = weight_HmC.split([c.nope_width, c.value_width], dim=1)
         q_BTHC = torch.einsum("BTHP,HPC->BTHC", q_BTHP, w_uk_HPC)
         q_B1tW = torch.cat([q_BTHC, q_BTHR], dim=-1).flatten(1, 2)[:, None]
-        mask_B1tS = visible(positions, keys_BS).repeat_interleave(c.num_heads, dim=2)
+        mask_B1tS = visible(step, keys_BS).repeat_interleave(c.num_heads, dim=2)
         kept_B1SW = kept_BSW[:, None]
         y_B1tW = F.scaled_dot_product_attention(
             q_B1tW, kept_B1SW, kept_B1SW, attn_mask=mask_B1tS, scale=self.scale
@@ -112,13 +144,19 @@ class MultiHeadLatentAttention(nn.Module):
         y_BTHC = rearrange(y_B1tW[..., : c.kv_rank], "B 1 (T H) C -> B T H C", H=c.num_heads)
         return torch.einsum("BTHC,HMC->BTHM", y_BTHC, w_uv_HMC)
 
+    def extra_repr(self) -> str:
+        c = self.config
+        heads = f"{c.num_heads} heads of {c.nope_width} + {c.rope.width} rotary"
+        return f"{heads}, values of {c.value_width}, rank {c.kv_rank}"
+
 
 def absorbing_pays(num_new: int, num_positions: int, config: MLAConfig) -> bool:
     """The rule that picks the form: whichever multiplies less for T new tokens among S positions.
 
     Per head, expanding costs C (P + M) for each of the S latents and attending (P + R) + M for
     each pair; absorbing costs C (P + M) for each of the T queries and (C + R) + C for each pair.
-    Decoding therefore absorbs, a long prefill expands.
+    Decoding therefore absorbs, a long prefill expands. Absorbing takes `kv_expand` to be its
+    weight: where it is anything more, it is called, and the form is the expanded one.
     """
     C, R = config.kv_rank, config.rope.width
     P, M = config.nope_width, config.value_width

@@ -1,125 +1,134 @@
 """Drafting: the MTP modules guess the next tokens of every row of a batch.
 
+Module j makes its entry at position i from the state of the module before it there (the main
+model's for j = 1) and from token i + j. With n tokens known, the entries at positions below n - j
+are final. Those behind them are made from drafts, and are made again once the tokens are known:
+until then the states that they were made from wait.
+
 Shapes: B rows, T positions (of the longest row), n positions of one row, D model width,
 V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..model import Transformer, new_positions
+from ..model import Transformer
 from ..mtp import next_state
+from ..step import Step
 from .sampling import Draft, RandomStream, Sampling
 
 
 class Drafter:
     """Guesses tokens ahead with the MTP modules, each with its own cache.
 
-    Module j's entry for position i is made from the previous module's state there and token
-    i + j. With n known tokens its cache is therefore valid up to position n - j, exclusive; what
-    rests on drafted tokens is cut off again. States that a module has not made such entries of
-    yet wait for it: of the newest token, and of rounds in which it did not draft. Drafts beyond
-    the number of modules come from the last one, fed its own state and draft.
-
-    most: how many drafts are ever asked for at once.
+    Drafts beyond the number of modules come from the last one, fed its own state and draft.
+    max_drafts: how many are ever asked for at once.
     """
 
     def __init__(
         self,
         model: Transformer,
         capacity: int,
-        most: int,
+        max_drafts: int,
         sampling: Sampling,
         random: Sequence[RandomStream],
     ) -> None:
-        self.model, self.modules = model, model.mtp_modules[:most]
+        self.model, self.modules = model, model.mtp_modules[:max_drafts]
         self.sampling, self.random = sampling, random
-        self.caches = model.make_mtp_caches(len(random), capacity, rollback=most)[:most]
-        # per module, per row: pieces of one (n, D)
-        self.waiting: list[list[list[Tensor]]] = [[[] for _ in random] for _ in self.modules]
+        self.caches = model.make_mtp_caches(len(random), capacity, max_drafts)[:max_drafts]
+        self.waiting: list[list[Tensor]] = []  # per module and row: states to be read, (n, D)
 
-    def add(self, confirmed: list[Tensor]) -> None:
+    def add_states(self, confirmed: Sequence[Tensor]) -> None:
         """Take the main model's new states of each row, (n, D), that follow those taken before."""
-        for waiting, new_nD in zip(self.waiting[0], confirmed, strict=True):
-            waiting.append(new_nD)
+        if not self.waiting:
+            self.waiting = [[state_nD[:0] for state_nD in confirmed] for _ in self.modules]
+        self.waiting[0] = [torch.cat(pair) for pair in zip(self.waiting[0], confirmed, strict=True)]
 
-    def draft(self, tokens: list[list[int]], counts: list[int]) -> list[list[Draft]]:
-        """`counts[row]` drafts for each row, which follow its `tokens`.
+    def draft(self, texts: Sequence[list[int]], counts: Sequence[int]) -> list[list[Draft]]:
+        """`counts[row]` drafts for each row, which follow its text.
 
-        The main model's states of all but the newest of a drafting row's tokens have been added.
+        The main model's states of all but the newest token of a drafting row have been added.
         """
-        rows, known = range(len(tokens)), [list(row) for row in tokens]
-        drafts: list[list[Draft]] = [[] for _ in rows]
-        nothing = self.model.embed.weight.new_zeros(0, self.model.config.d_model)
-        handed = [nothing for _ in rows]  # states that rest on drafts, to the next depth
-        for depth in range(1, max(counts) + 1):
+        drafts: list[list[Draft]] = [[] for _ in texts]
+        known = [list(text) for text in texts]  # goes on with the drafts
+        guessed: dict[int, Tensor] = {}  # by row: states made from drafts, for the next depth
+        for depth in range(1, max(counts, default=0) + 1):
             number = min(depth, len(self.modules))
-            going = [row for row in rows if depth <= counts[row]]
-            read = [nothing for _ in rows]
-            for row in going:
-                waiting = self.waiting[number - 1][row] if depth == number else []
-                read[row] = torch.cat([*waiting, handed[row]])
+            rows = [row for row, count in enumerate(counts) if depth <= count]
+            read = guessed if depth > number else self.join_waiting(number, rows, guessed)
             starts = self.caches[number - 1].lengths
-            left, following = self.run(number, read, known)
-            last_nD = torch.stack([left[row][-1] for row in going])
+            made = self.run(number, {row: read[row] for row in rows}, known)
+            last_nD = torch.stack([normed_nD[-1] for normed_nD, _ in made.values()])
             logits_nV = self.model.logits(last_nD, self.modules[number - 1])
-            for row, logits_V in zip(going, logits_nV, strict=True):
+            for row, logits_V in zip(rows, logits_nV, strict=True):
                 drafts[row].append(self.sampling.draft(logits_V, self.random[row]))
                 known[row].append(drafts[row][-1].token)
-                if depth == number:
-                    lasting = max(0, len(tokens[row]) - number - starts[row])
-                    handed[row] = self.settled(number, row, read[row], following[row], lasting)
-                else:
-                    handed[row] = following[row]
-        for number, cache in enumerate(self.caches[: max(counts)], start=1):
-            pairs = zip(cache.lengths, tokens, strict=True)
-            cache.truncate([min(held, max(0, len(row) - number)) for held, row in pairs])
+            guessed = {row: following_nD for row, (_, following_nD) in made.items()}
+            if depth == number:
+                final = {row: max(0, len(texts[row]) - number - starts[row]) for row in rows}
+                guessed = self.keep_final(number, read, guessed, final)
+        self.cut_back(texts, max(counts, default=0))
         return drafts
 
-    def settled(
-        self, number: int, row: int, read_nD: Tensor, following_nD: Tensor, lasting: int
-    ) -> Tensor:
-        """Let wait what modules will read again, of what this one has read and hands on.
+    def join_waiting(
+        self, number: int, rows: Sequence[int], guessed: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """What a module reads first in a round: what waits for it, and then what is guessed."""
+        waiting = self.waiting[number - 1]
+        return {row: torch.cat([waiting[row], guessed.get(row, waiting[row][:0])]) for row in rows}
 
-        lasting: at how many positions what it has read rests on no draft, nor its token.
-        Returns what the next depth reads besides.
+    def keep_final(
+        self,
+        number: int,
+        read: Mapping[int, Tensor],
+        made: Mapping[int, Tensor],
+        final: Mapping[int, int],
+    ) -> dict[int, Tensor]:
+        """Let wait what is to be read again, and hand what is final to the next module for good.
+
+        read, made: what module `number` has read and what the next depth reads, of each row;
+        final: at how many of these positions it knew the token. Returns what is not final.
         """
-        waited = sum(map(len, self.waiting[number - 1][row]))
-        self.waiting[number - 1][row] = [read_nD[lasting:waited]]
-        if number == len(self.modules):
-            return following_nD[-1:]
-        self.waiting[number][row].append(following_nD[:lasting])
-        return following_nD[lasting:]
+        waiting, last = self.waiting[number - 1], number == len(self.modules)
+        for row, end in final.items():
+            waiting[row] = read[row][end : len(waiting[row])]
+            if not last:
+                following = self.waiting[number]
+                following[row] = torch.cat([following[row], made[row][:end]])
+        return {row: made[row][-1:] if last else made[row][end:] for row, end in final.items()}
 
     def run(
-        self, number: int, read: list[Tensor], known: list[list[int]]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Module `number` on each row's states and the tokens so far ahead.
+        self, number: int, read: Mapping[int, Tensor], known: Sequence[list[int]]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Module `number` on the states of some rows and the tokens so far ahead.
 
-        Returns what the head reads and what the next draft is made from, (n, D) for each row.
+        Returns what the head reads and what the next depth reads, (n, D) each, by row.
         """
-        cache, counts = self.caches[number - 1], [len(read_nD) for read_nD in read]
-        starts = cache.lengths
-        ahead = [
-            row[start + number :][:n] for row, start, n in zip(known, starts, counts, strict=True)
-        ]
-        tokens_BT = padded(ahead, self.model)
-        read_BTD = pad_sequence(read, batch_first=True)
-        positions = new_positions(starts, tokens_BT, counts)
-        left = self.model.mtp_step(self.modules[number - 1], read_BTD, tokens_BT, positions, cache)
-        following_BTD = next_state(self.model.config.mtp, read_BTD, left)
-        return cut(left.normed_BTD, counts), cut(following_BTD, counts)
+        cache, nothing_nD = self.caches[number - 1], next(iter(read.values()))[:0]
+        states = [read.get(row, nothing_nD) for row in range(len(known))]
+        counts, starts = [len(state_nD) for state_nD in states], cache.lengths
+        rows = zip(known, starts, counts, strict=True)
+        ahead = [tokens[start + number :][:count] for tokens, start, count in rows]
+        step = Step.behind(starts, pad_tokens(ahead, self.model.device), counts)
+        read_BTD = pad_sequence(states, batch_first=True)
+        made = self.model.mtp_step(self.modules[number - 1], read_BTD, step, cache)
+        following_BTD = next_state(self.model.config.mtp, read_BTD, made)
+        return {
+            row: (made.normed_BTD[row, : counts[row]], following_BTD[row, : counts[row]])
+            for row in read
+        }
+
+    def cut_back(self, texts: Sequence[list[int]], depths: int) -> None:
+        """Forget the entries that were made from drafts."""
+        for number, cache in enumerate(self.caches[:depths], start=1):
+            rows = zip(cache.lengths, texts, strict=True)
+            cache.truncate([min(held, max(0, len(text) - number)) for held, text in rows])
 
 
-def cut(state_BTD: Tensor, counts: list[int]) -> list[Tensor]:
-    """The real positions of each row."""
-    return [state_nD[:n] for state_nD, n in zip(state_BTD, counts, strict=True)]
-
-
-def padded(rows: list[list[int]], model: Transformer) -> Tensor:
+def pad_tokens(rows: Sequence[list[int]], device: torch.device) -> Tensor:
     """Rows of ids as one tensor, (B, T), padded on the right with id 0."""
     tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    return pad_sequence(tensors, batch_first=True).to(model.embed.weight.device)
+    return pad_sequence(tensors, batch_first=True).to(device)

@@ -18,7 +18,8 @@ width, V vocabulary.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Literal
@@ -27,11 +28,13 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache
-from ..model import Transformer
-from ..mtp import States, first_state
+from ..model import States, Transformer
+from ..mtp import first_state
 from .draft_count import FixedCount, MeasuredCount, Round
-from .drafting import Drafter, padded
+from .drafting import Drafter, pad_tokens
 from .sampling import Draft, RandomStream, Sampling
+
+DraftCount = int | Literal["auto"]
 
 
 @dataclass
@@ -43,6 +46,7 @@ class GenerationStatistics:
     prompt_seconds: float = 0.0
     generation_seconds: float = 0.0
     cache_bytes_per_token: int = 0
+    cache_constant_bytes: int = 0  # of a row, however long it is: windows, states
     forwards: int = 0  # of the main model, over all rows at once, the prompt's included
     forwards_without_drafts: int = 0  # what the same text would have taken
     drafted: list[int] = field(default_factory=list)  # per draft position
@@ -50,14 +54,15 @@ class GenerationStatistics:
     drafting_seconds: float = 0.0
     verifying_seconds: float = 0.0  # in forwards over drafts, and in judging them
 
-    def begin(self, prompts: Sequence[Sequence[int]], cache_bytes: int, most_drafts: int) -> None:
+    def begin(self, prompts: Sequence[Sequence[int]], max_drafts: int) -> None:
         self.prompt_tokens = sum(map(len, prompts))
-        self.cache_bytes_per_token = cache_bytes
-        self.drafted, self.accepted = [0] * most_drafts, [0] * most_drafts
+        self.drafted, self.accepted = [0] * max_drafts, [0] * max_drafts
 
-    def add(self, seen: Round, rows: Sequence["Row"]) -> None:
+    def add(self, seen: Round, rows: Sequence["Row"], cache: Cache) -> None:
         if self.forwards == 0:
             self.prompt_seconds = seen.forward_seconds
+            self.cache_bytes_per_token = cache.bytes_per_token
+            self.cache_constant_bytes = cache.constant_bytes
         else:
             self.generation_seconds += seen.drafting_seconds + seen.forward_seconds
         self.forwards += 1
@@ -110,7 +115,7 @@ def generate(
     min_p: float | None = None,
     seed: int | None = None,
     stop_ids: Sequence[int] = (),
-    draft_tokens: int | Literal["auto"] = 0,
+    draft_tokens: DraftCount = 0,
 ) -> Generation:
     """Continue one sequence; an iterator of token ids that ends before a stop id.
 
@@ -123,11 +128,9 @@ def generate(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     statistics = GenerationStatistics()
-    prompts = [list(prompt_ids)]
-    check(model, prompts, max_new_tokens, draft_tokens, seed)
-    rule = rule_for(draft_tokens, max_new_tokens)
-    rounds = decode(model, prompts, max_new_tokens, sampling, seed, set(stop_ids), rule, statistics)
-    return Generation(rounds, statistics)
+    rows = make_rows(model, [prompt_ids], max_new_tokens, draft_tokens, seed)
+    rule = make_count_rule(draft_tokens, max_new_tokens)
+    return Generation(decode(model, rows, sampling, set(stop_ids), rule, statistics), statistics)
 
 
 def generate_batch(
@@ -140,7 +143,7 @@ def generate_batch(
     min_p: float | None = None,
     seed: int | None = None,
     stop_ids: Sequence[int] = (),
-    draft_tokens: int | Literal["auto"] = 0,
+    draft_tokens: DraftCount = 0,
 ) -> list[list[int]]:
     """Continue several sequences together; each row equals its own `generate` with these arguments.
 
@@ -148,26 +151,21 @@ def generate_batch(
     counted "auto" are a row's draws others than alone; greedy text is the same even so.)
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    rows = [list(prompt) for prompt in prompts]
-    check(model, rows, max_new_tokens, draft_tokens, seed)
-    texts: list[list[int]] = [[] for _ in rows]
-    statistics = GenerationStatistics()
-    rule = rule_for(draft_tokens, max_new_tokens)
-    rounds = decode(model, rows, max_new_tokens, sampling, seed, set(stop_ids), rule, statistics)
-    for new in rounds:
-        for text, tokens in zip(texts, new, strict=True):
-            text.extend(tokens)
-    return texts
+    rows = make_rows(model, prompts, max_new_tokens, draft_tokens, seed)
+    rule = make_count_rule(draft_tokens, max_new_tokens)
+    for _ in decode(model, rows, sampling, set(stop_ids), rule, GenerationStatistics()):
+        pass
+    return [row.tokens[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
-def check(
+def make_rows(
     model: Transformer,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    draft_tokens: int | str,
+    draft_tokens: DraftCount,
     seed: int | None,
-) -> None:
-    """Refuse what cannot be generated, before any work is done."""
+) -> list["Row"]:
+    """A row for each prompt; refuses what cannot be generated, before any work is done."""
     if seed is not None and not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed = {seed}: must be a number of 64 bits")
     if max_new_tokens < 0:
@@ -176,6 +174,12 @@ def check(
         raise ValueError(f'draft_tokens = {draft_tokens}: must be >= 0, or "auto"')
     if draft_tokens and not model.mtp:
         raise ValueError("draft_tokens needs MTP modules, and this model has none loaded")
+    for path, module in model.named_modules():
+        if getattr(module, "sees_other_tokens", False):
+            raise ValueError(
+                f"{path} routes a token by looking at the others of a forward, later ones too: "
+                "such a model cannot generate"
+            )
     limit, vocab_size = model.config.max_length, model.config.vocab_size
     for prompt in prompts:
         for position, token in enumerate(prompt):
@@ -193,11 +197,12 @@ def check(
                 f"{len(prompt)} prompt tokens + {max_new_tokens} new ones exceed "
                 f"the model's {limit} positions"
             )
+    return [
+        Row(list(prompt), len(prompt) + max_new_tokens, RandomStream(seed)) for prompt in prompts
+    ]
 
 
-def rule_for(
-    draft_tokens: int | Literal["auto"], max_new_tokens: int
-) -> FixedCount | MeasuredCount:
+def make_count_rule(draft_tokens: DraftCount, max_new_tokens: int) -> FixedCount | MeasuredCount:
     most = max(0, max_new_tokens - 1)  # the prompt gives the first token
     if draft_tokens == "auto":
         return MeasuredCount(min(8, most))
@@ -216,22 +221,18 @@ class Row:
     choices: int = 0  # tokens chosen, with the stop id that may have ended the row
     finished: bool = False
 
-    def extend(self, logits_nV: Tensor, sampling: Sampling, stop_ids: set[int]) -> None:
-        """Choose the next tokens, as long as they are what was drafted."""
+    def extend(self, chosen: Iterable[int], stop_ids: set[int]) -> None:
+        """Take a round's tokens one by one, up to a stop id or the row's limit."""
         self.gained = []
-        for draft, logits_V in zip([*self.drafts, None], logits_nV, strict=True):
-            if draft is None:
-                token = sampling.choose(logits_V, self.random)
-            else:
-                token = sampling.judged(logits_V, draft, self.random)
+        for token in chosen:
             self.choices += 1
             if token in stop_ids:
                 self.finished = True
                 return
             self.gained.append(token)
             self.tokens.append(token)
-            self.finished = len(self.tokens) == self.limit
-            if self.finished or draft is None or token != draft.token:
+            if len(self.tokens) == self.limit:
+                self.finished = True
                 return
 
     @property
@@ -240,58 +241,71 @@ class Row:
         pairs = zip(self.drafts, self.gained, strict=False)
         return len(list(takewhile(lambda pair: pair[0].token == pair[1], pairs)))
 
+    @property
+    def room(self) -> int:
+        """How many drafts it has use for: the last token of a text is never drafted."""
+        return 0 if self.finished else self.limit - len(self.tokens) - 1
 
-@torch.inference_mode()
+
+@torch.no_grad()
 def decode(
     model: Transformer,
-    prompts: list[list[int]],
-    max_new_tokens: int,
+    rows: list[Row],
     sampling: Sampling,
-    seed: int | None,
     stop_ids: set[int],
     rule: FixedCount | MeasuredCount,
     statistics: GenerationStatistics,
 ) -> Iterator[list[list[int]]]:
-    """Yield each round's new tokens, row by row. `prompts` grow in place to the whole sequences."""
-    if max_new_tokens == 0 or not prompts:
+    """Yield each round's new tokens, row by row, which the rows have then gained."""
+    if not rows or all(row.limit == len(row.tokens) for row in rows):
         return
-    rows = [Row(prompt, len(prompt) + max_new_tokens, RandomStream(seed)) for prompt in prompts]
-    random, capacity = [row.random for row in rows], max(row.limit for row in rows) + rule.most
-    cache = model.make_cache(len(rows), capacity, rollback=rule.most)
-    drafter = Drafter(model, capacity, rule.most, sampling, random) if rule.most else None
-    statistics.begin(prompts, cache.nbytes // (capacity * len(rows)), rule.most)
+    capacity = max(row.limit for row in rows) + rule.most
+    cache = model.make_cache(len(rows), capacity, rule.most)
+    streams = [row.random for row in rows]
+    drafter = Drafter(model, capacity, rule.most, sampling, streams) if rule.most else None
+    statistics.begin([row.tokens for row in rows], rule.most)
     drafting_seconds = 0.0
-    while going := [row for row in rows if not row.finished]:
-        started, held = time.perf_counter(), cache.lengths
-        states, logits = looked_at(model, rows, cache)
-        for row, logits_nV in zip(rows, logits, strict=True):
-            if row.finished:
-                row.gained = []
-            else:
-                row.extend(logits_nV, sampling, stop_ids)
-        # All but the newest token has been through the model; what was fed beyond is forgotten,
-        # except by rows that are finished: they are fed nothing more.
-        lengths = zip(rows, cache.lengths, strict=True)
-        valid = [length if row.finished else len(row.tokens) - 1 for row, length in lengths]
-        cache.truncate(valid)
-        drafted, kept = [len(row.drafts) for row in going], [row.kept for row in going]
-        seen = Round(drafted, kept, drafting_seconds, time.perf_counter() - started)
-        if statistics.forwards:
-            rule.observe(seen)
-        statistics.add(seen, rows)
-        yield [row.gained for row in rows]
-        if drafter is not None:
-            started = time.perf_counter()
-            read_BTD = first_state(model.config.mtp, states)
-            spans = zip(rows, held, valid, strict=True)
-            fresh = [0 if row.finished else end - start for row, start, end in spans]
-            drafter.add([read_TD[:n] for read_TD, n in zip(read_BTD, fresh, strict=True)])
-            draft_for(rows, drafter, rule.next())
-            drafting_seconds = time.perf_counter() - started
+    with whole_weights(model):
+        while unfinished := [row for row in rows if not row.finished]:
+            started, held = time.perf_counter(), cache.lengths
+            states, logits = verify_drafts(model, rows, cache)
+            choose_tokens(rows, logits, sampling, stop_ids)
+            cut_back(cache, rows)
+            drafted, kept = [len(row.drafts) for row in unfinished], [r.kept for r in unfinished]
+            seen = Round(drafted, kept, drafting_seconds, time.perf_counter() - started)
+            if statistics.forwards:
+                rule.observe(seen)
+            statistics.add(seen, rows, cache)
+            yield [row.gained for row in rows]
+            if drafter is not None:
+                started = time.perf_counter()
+                drafter.add_states(confirmed_states(model, rows, states, held, cache))
+                give_drafts(rows, drafter, rule.next())
+                drafting_seconds = time.perf_counter() - started
 
 
-def looked_at(model: Transformer, rows: list[Row], cache: Cache) -> tuple[States, Sequence[Tensor]]:
-    """The main model on what each row's cache lacks and on its drafts.
+@contextmanager
+def whole_weights(model: Transformer) -> Iterator[None]:
+    """Gather what `fully_shard` has sharded of the model itself.
+
+    A forward gathers it by itself, but generation calls other methods. Layers that are sharded
+    are called as they always are.
+    """
+    unshard, reshard = getattr(model, "unshard", None), getattr(model, "reshard", None)
+    if unshard is None or reshard is None:
+        yield
+        return
+    unshard()
+    try:
+        yield
+    finally:
+        reshard()
+
+
+def verify_drafts(
+    model: Transformer, rows: list[Row], cache: Cache
+) -> tuple[States, Sequence[Tensor]]:
+    """The main model on what each row's cache lacks, which ends with its drafts.
 
     Returns the states of all of it, and the logits, (n, V) for each row, of the newest token and
     the drafts.
@@ -301,7 +315,9 @@ def looked_at(model: Transformer, rows: list[Row], cache: Cache) -> tuple[States
         [] if row.finished else row.tokens[held:] + [draft.token for draft in row.drafts]
         for row, held in pairs
     ]
-    states = model.hidden_states(padded(fed, model), cache, [len(tokens) for tokens in fed])
+    states = model.hidden_states(
+        pad_tokens(fed, model.device), cache, [len(tokens) for tokens in fed]
+    )
     deciding = [
         state_TD[max(0, len(tokens) - len(row.drafts) - 1) : len(tokens)]
         for row, tokens, state_TD in zip(rows, fed, states.normed_BTD, strict=True)
@@ -310,10 +326,42 @@ def looked_at(model: Transformer, rows: list[Row], cache: Cache) -> tuple[States
     return states, logits_NV.split([len(state_nD) for state_nD in deciding])
 
 
-def draft_for(rows: list[Row], drafter: Drafter, count: int) -> None:
+def choose_tokens(
+    rows: list[Row], logits: Sequence[Tensor], sampling: Sampling, stop_ids: set[int]
+) -> None:
+    """Extend every unfinished row by what its logits, (n, V), choose."""
+    for row, logits_nV in zip(rows, logits, strict=True):
+        chosen = sampling.choose_after(row.drafts, logits_nV, row.random)
+        row.extend([] if row.finished else chosen, stop_ids)
+
+
+def cut_back(cache: Cache, rows: list[Row]) -> None:
+    """Forget what was fed and is no text: all but a row's newest token has been through the model.
+
+    A finished row is fed nothing more and stays as it is.
+    """
+    pairs = zip(rows, cache.lengths, strict=True)
+    cache.truncate([held if row.finished else len(row.tokens) - 1 for row, held in pairs])
+
+
+def confirmed_states(
+    model: Transformer, rows: list[Row], states: States, held: Sequence[int], cache: Cache
+) -> list[Tensor]:
+    """Of each row, what MTP modules read of the positions that the round has added, (n, D).
+
+    held: how long the rows were before the round.
+    """
+    read_BTD = first_state(model.config.mtp, states)
+    added = [
+        0 if row.finished else now - before
+        for row, before, now in zip(rows, held, cache.lengths, strict=True)
+    ]
+    return [read_TD[:n] for read_TD, n in zip(read_BTD, added, strict=True)]
+
+
+def give_drafts(rows: list[Row], drafter: Drafter, count: int) -> None:
     """Give every row its drafts: none beyond the last token that it may have."""
-    room = [0 if row.finished else row.limit - len(row.tokens) for row in rows]
-    counts = [max(0, min(count, tokens - 1)) for tokens in room]
+    counts = [max(0, min(count, row.room)) for row in rows]
     drafts = drafter.draft([row.tokens for row in rows], counts)
     for row, drafted in zip(rows, drafts, strict=True):
         row.drafts = drafted

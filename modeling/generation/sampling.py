@@ -7,6 +7,7 @@ together is a draw from p. Both distributions are those after all filters.
 Shapes: V vocabulary.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ class Sampling:
 
         In float64 on the CPU, so that p / q and p - q below are not made of rounding errors.
         """
-        logits_V = checked(logits_V).cpu().double()
+        logits_V = check_numbers(logits_V).cpu().double()
         logits_V = (logits_V - logits_V.max()) / self.temperature
         if self.top_k is not None and self.top_k < len(logits_V):
             logits_V = logits_V.where(logits_V >= logits_V.topk(self.top_k).values[-1], -torch.inf)
@@ -81,13 +82,27 @@ class Sampling:
         return self.draft(logits_V, random).token
 
     def draft(self, logits_V: Tensor, random: RandomStream) -> Draft:
-        """A choice with what `judged` needs to know of how it was made."""
+        """A choice with what `judge` needs to know of how it was made."""
         if self.temperature == 0:
-            return Draft(int(checked(logits_V).argmax()), None)
+            return Draft(int(check_numbers(logits_V).argmax()), None)
         probability_V = self.probabilities(logits_V)
         return Draft(random.draw(probability_V), probability_V)
 
-    def judged(self, logits_V: Tensor, draft: Draft, random: RandomStream) -> int:
+    def choose_after(
+        self, drafts: Sequence[Draft], logits_nV: Tensor, random: RandomStream
+    ) -> Iterator[int]:
+        """Tokens that n logits choose: drafts while they are kept, then one that was not drafted.
+
+        logits_nV: of the newest token, and of each draft.
+        """
+        for draft, logits_V in zip(drafts, logits_nV, strict=False):
+            token = self.judge(draft, logits_V, random)
+            yield token
+            if token != draft.token:
+                return
+        yield self.choose(logits_nV[-1], random)
+
+    def judge(self, draft: Draft, logits_V: Tensor, random: RandomStream) -> int:
         """The draft or another token, so that it is distributed like a choice from the logits."""
         q_V = draft.probability_V
         if q_V is None:
@@ -98,7 +113,7 @@ class Sampling:
         return random.draw(residual(p_V, q_V))
 
 
-def checked(logits_V: Tensor) -> Tensor:
+def check_numbers(logits_V: Tensor) -> Tensor:
     if logits_V.isnan().any():
         raise ValueError("the model's logits are not numbers (NaN): its weights are damaged")
     return logits_V

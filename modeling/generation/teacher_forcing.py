@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..config import MTPConfig
-from ..model import Transformer, new_positions
-from ..mtp import States, first_state, next_state
+from ..model import States, Transformer
+from ..mtp import first_state, next_state
+from ..step import Step
 
 AT_ONCE = 64  # positions, each with a copy of the last module's cache
 
@@ -27,14 +28,14 @@ def forced_states(
     model's own `input` and `carry`. Position i knows tokens 0 to i + k and guesses the one after.
     """
     T, modules = tokens_BT.shape[1], model.mtp_modules
-    caches = model.make_mtp_caches(1, T + depths, rollback=T + depths)
+    caches = model.make_mtp_caches(1, T + depths, T + depths)
     found, read_BnD = [], first_state(wiring, states)
     for k, (module, cache) in enumerate(zip(modules[:depths], caches, strict=False), start=1):
         next_Bn = tokens_BT[:, k:]
         read_BnD = read_BnD[:, : next_Bn.shape[1]]
-        left = model.mtp_step(module, read_BnD, next_Bn, new_positions([0], next_Bn), cache)
-        found.append(left.normed_BTD)
-        read_BnD = next_state(wiring, read_BnD, left)
+        made = model.mtp_step(module, read_BnD, Step.behind([0], next_Bn), cache)
+        found.append(made.normed_BTD)
+        read_BnD = next_state(wiring, read_BnD, made)
     M = len(modules)
     if depths <= M:
         return found
@@ -47,10 +48,9 @@ def forced_states(
         for k, depth_states in enumerate(later, start=M + 1):
             # beyond the text's end anything will do: it is cut off below
             next_n1 = tokens_BT[0, [min(i + k, T - 1) for i in places]][:, None]
-            positions = new_positions(cache.lengths, next_n1)
-            left = model.mtp_step(modules[-1], read_n1D, next_n1, positions, cache)
-            depth_states.append(left.normed_BTD[:, 0])
-            read_n1D = next_state(wiring, read_n1D, left)
+            made = model.mtp_step(modules[-1], read_n1D, Step.behind(cache.lengths, next_n1), cache)
+            depth_states.append(made.normed_BTD[:, 0])
+            read_n1D = next_state(wiring, read_n1D, made)
     return found + [
         torch.cat(depth_states)[None, : max(0, T - k)]
         for k, depth_states in enumerate(later, start=M + 1)

@@ -34,7 +34,8 @@ from traps import hollow, read
 
 from checkpoints import CheckpointError, load_model, read_config, unread_keys
 from checkpoints.families import FAMILIES, MECHANISMS, NOT_YET
-from modeling import DenseConfig, ModelConfig
+from modeling import ModelConfig
+from moe import DenseConfig
 from tools.describe import count_parameters
 from tools.make_tiny import CONFIGS
 
@@ -164,7 +165,7 @@ def all_experts(name: str, config: ModelConfig, layer: int) -> list[str]:
     expert = EXPERT.fullmatch(name)
     if expert is None:
         return [name]
-    count = (*config.layers, *config.mtp.blocks)[layer].feed_forward.num_experts
+    count = (*config.layers, *config.mtp.blocks)[layer].feed_forward.router.num_experts
     assert int(expert[2]) in (0, count - 1), "the first or the last one"
     return [f"{expert[1]}{e}{expert[3]}" for e in range(count)]
 

@@ -25,10 +25,10 @@ def test_it_has_the_shape_it_claims(model):
     assert not isinstance(first.feed_forward, MoEConfig)
     for layer in (*rest, *model.config.mtp.blocks):
         assert isinstance(layer.attention, MLAConfig)
-        assert layer.feed_forward.scoring == "sigmoid"
-        assert layer.feed_forward.selection_bias
-        assert layer.feed_forward.num_experts >= 16
-        assert layer.feed_forward.top_k >= 2
+        assert layer.feed_forward.router.scoring == "sigmoid"
+        assert layer.feed_forward.router.selection_bias
+        assert layer.feed_forward.router.num_experts >= 16
+        assert layer.feed_forward.router.top_k >= 2
         assert layer.feed_forward.shared_width == layer.feed_forward.expert_width
     assert len(model.config.mtp.blocks) == 1
     assert load_tokenizer(SHIPPED).vocab_size == model.config.vocab_size == 4096

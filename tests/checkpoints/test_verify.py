@@ -101,7 +101,7 @@ def unscaled(path):
 
 def wrong_config(path):
     edit_json(path / "config.json", num_experts_per_tok=99)
-    return "top_k = 99"
+    return "num_experts_per_tok = 99: must be <= n_routed_experts = 8"
 
 
 def unknown_mechanism(path):

@@ -6,7 +6,6 @@ import pytest
 from tiny import YARN, gqa, mla, model_config, rope
 
 from modeling import (
-    DenseConfig,
     GQAConfig,
     LayerConfig,
     MLAConfig,
@@ -15,7 +14,7 @@ from modeling import (
     RopeConfig,
     YarnConfig,
 )
-from moe import ConfigError
+from moe import ConfigError, DenseConfig
 
 INFINITY, NAN = float("inf"), float("nan")
 WHOLE = [0, -1, 1.5, True, "4", None]
@@ -83,7 +82,7 @@ def test_a_wrong_value_is_refused_by_field_value_and_rule(config, field, value):
 
 
 def test_more_dimensions_cannot_be_rotated_than_a_head_has():
-    with pytest.raises(ConfigError, match=r"rope width = 8: must be <= head_width = 7"):
+    with pytest.raises(ConfigError, match=r"GQAConfig.head_width = 7: must be >= the 8 rotated"):
         gqa(rope=rope(width=8))
 
 

@@ -21,8 +21,8 @@ from tiny import (
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from modeling import DenseConfig, LayerConfig, MTPConfig, Transformer, mtp_loss, next_token_loss
-from modeling.rope import Positions
+from modeling import LayerConfig, MTPConfig, Step, Transformer, mtp_loss, next_token_loss
+from moe import DenseConfig
 
 STRETCHED = rope(yarn=YARN, amplitude=1.3, softmax_multiplier=1.4)
 MODELS = {
@@ -165,7 +165,7 @@ def test_logits_are_float32_at_least(model_dtype):
     tokens_BT = random_tokens(1, 4)
     assert model(tokens_BT).dtype == expected
     assert model.mtp_logits(tokens_BT)[0].dtype == expected
-    assert model.make_cache(1, 4).layers[0].buffers[0].dtype == model_dtype
+    assert model.make_cache(1, 4).layers[0].tensors[0].dtype == model_dtype
 
 
 @given(kept=st.integers(1, LENGTH))
@@ -189,7 +189,7 @@ def test_a_block_norms_before_and_behind_and_multiplies_what_it_adds(before, aft
     model = transformer(replace(config, layers=(dense, sparse), norm_epsilon=0.05))
     x_TD = model.embed.weight[:5]
     for block, layer in zip(model.layers, (dense, sparse), strict=True):
-        y_TD = block(x_TD[None], Positions(torch.arange(5)[None]), None)[0]
+        y_TD = block(x_TD[None], Step(torch.arange(5)[None]), None)[0]
         close(y_TD, plain_block(block, layer, 0.05, x_TD), 1e-5)
         norms = {name.split(".")[0] for name in block.state_dict() if "norm.weight" in name}
         behind = {"attention_output_norm", "feed_forward_output_norm"} if after else set()
@@ -322,7 +322,7 @@ def test_every_parameter_receives_a_gradient_from_the_losses(config):
     tokens_BT = random_tokens(4, 12)
     states = model.hidden_states(tokens_BT)
     depths = model.mtp_hidden_states(states, tokens_BT)
-    loss = next_token_loss(states.normed_BTD, model.head.weight, tokens_BT)
+    loss = next_token_loss(states.normed_BTD, model.head, tokens_BT)
     (loss + mtp_loss(depths, model.mtp_heads, tokens_BT, [0.3, 0.1])).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []

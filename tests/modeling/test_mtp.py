@@ -20,9 +20,8 @@ from tiny import (
     transformer,
 )
 
-from modeling import LayerConfig, ModelConfig, MTPConfig
+from modeling import LayerConfig, ModelConfig, MTPConfig, Step
 from modeling.generation.teacher_forcing import forced_states
-from modeling.rope import Positions
 from moe import ConfigError
 
 CONFIGS = {
@@ -94,11 +93,11 @@ def test_every_wiring_is_what_its_words_say(wiring, count):
     model = wired(wiring, count, logits_multiplier=0.6, embedding_multiplier=1.4)
     tokens_T = random_tokens(1, 8)[0]
     depths = model.mtp_logits(tokens_T[None])
-    for module, head_VD, logits, states_TD in zip(
+    for module, head, logits, states_TD in zip(
         model.mtp_modules, model.mtp_heads, depths, plain_mtp_states(model, tokens_T), strict=True
     ):
-        assert head_VD is (module.head or model.head).weight
-        close(logits[0], states_TD @ head_VD.T, 1e-4)
+        assert head is (module.head or model.head)
+        close(logits[0], states_TD @ head.weight.T, 1e-4)
 
 
 @every_wiring
@@ -127,7 +126,7 @@ def test_every_wiring_computes_something_else(wiring):
 )
 def test_a_wiring_that_is_none_is_refused_by_name(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ConfigError, match=f"mtp {name} = {value!r}"):
+    with pytest.raises(ConfigError, match=rf"MTPConfig\.{name} = {value!r}: must be "):
         MTPConfig(**wrong)
 
 
@@ -211,7 +210,7 @@ def test_the_projection_reads_the_embedding_first_and_the_state_second():
         (module,) = model.mtp.values()
         module.projection.weight[:, blinded] = 0
         x_BTD = model.hidden_states(tokens_BT).normed_BTD
-        positions = Positions(torch.arange(6)[None])
+        positions = Step(torch.arange(6)[None])
         embedding_BTD = model.embed(tokens_BT)
         before = module(x_BTD, embedding_BTD, positions, None)
         other_state = module(x_BTD.flip(-1), embedding_BTD, positions, None)
@@ -245,8 +244,8 @@ def test_a_global_offset_of_the_positions_changes_nothing(offset):
     model, tokens_BT = transformer(model_config(mla(), mtp=1)), random_tokens(1, 6)
     (module,) = model.mtp.values()
     states, next_BT = model.hidden_states(tokens_BT), tokens_BT[:, 1:]
-    positions = Positions(torch.arange(5)[None] + offset)
-    there = model.mtp_step(module, states.normed_BTD[:, :-1], next_BT, positions, None)
+    step = Step(torch.arange(5)[None] + offset, tokens_BT=next_BT)
+    there = model.mtp_step(module, states.normed_BTD[:, :-1], step, None)
     close(
         there.normed_BTD,
         model.mtp_hidden_states(model.hidden_states(tokens_BT), tokens_BT)[0],
@@ -262,9 +261,8 @@ def test_a_module_with_a_cache_equals_the_whole_for_every_way_of_cutting(config,
     x_BTD, next_BT = model.hidden_states(tokens_BT).normed_BTD[:, :-1], tokens_BT[:, 1:]
     states, bounds = [], [0, *sorted(cuts), 6]
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        positions = Positions(torch.arange(start, end)[None])
-        new = x_BTD[:, start:end], next_BT[:, start:end]
-        states.append(model.mtp_step(module, *new, positions, cache).normed_BTD)
+        step = Step.behind([start], next_BT[:, start:end])
+        states.append(model.mtp_step(module, x_BTD[:, start:end], step, cache).normed_BTD)
     (expected,) = model.mtp_hidden_states(model.hidden_states(tokens_BT), tokens_BT)
     close(torch.cat(states, dim=1), expected)
 

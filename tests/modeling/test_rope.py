@@ -19,8 +19,9 @@ from tiny import (
     transformer,
 )
 
-from modeling import RopeConfig, YarnConfig
-from modeling.rope import Positions, inverse_frequencies, rotate
+import modeling.rope
+from modeling import RopeConfig, Step, YarnConfig
+from modeling.rope import inverse_frequencies, rotate
 
 layouts = pytest.mark.parametrize("layout", ["half", "interleaved"])
 
@@ -32,7 +33,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def turn(x_P: torch.Tensor, config: RopeConfig, position: int) -> torch.Tensor:
     """One vector, through the code under test."""
-    return rotate(x_P[None, None, None], config, Positions(torch.tensor([[position]])))[0, 0, 0]
+    return rotate(x_P[None, None, None], config, Step(torch.tensor([[position]])))[0, 0, 0]
 
 
 def close(actual, expected, tolerance):
@@ -58,7 +59,7 @@ def test_a_rotation_is_a_complex_multiplication_of_each_pair(layout, position, h
 def test_every_batch_row_and_head_turns_to_its_own_position(layout):
     config, x_BTHP = rope(layout=layout), noise(2, 3, 2, 7)
     indices_BT = torch.tensor([[4, 5, 6], [0, 1, 9]])
-    turned = rotate(x_BTHP, config, Positions(indices_BT))
+    turned = rotate(x_BTHP, config, Step(indices_BT))
     for b, t, h in torch.cartesian_prod(*(torch.arange(n) for n in (2, 3, 2))).tolist():
         expected = plain_rotation(x_BTHP[b, t, h], config, int(indices_BT[b, t]))
         close(turned[b, t, h], expected, 1e-5)
@@ -201,13 +202,13 @@ def test_yarn_frequencies_lie_between_the_plain_and_the_divided_ones(
 
 
 def test_tables_stay_float32_in_a_bfloat16_model(monkeypatch):
-    tables, table = [], Positions.table
+    tables, table = [], modeling.rope.rope_table
 
-    def noting(self, config):
-        tables.extend(out := table(self, config))
+    def noting(config, step):
+        tables.extend(out := table(config, step))
         return out
 
-    monkeypatch.setattr(Positions, "table", noting)
+    monkeypatch.setattr(modeling.rope, "rope_table", noting)
     for attention in (mla(), gqa()):
         transformer(model_config(attention), torch.bfloat16)(random_tokens(1, 3))
     assert len(tables) >= 4

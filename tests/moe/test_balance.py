@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe import (
-    MoEConfig,
     Routing,
+    TopK,
     expert_balance_loss,
     expert_load,
-    route,
     router_z_loss,
     sequence_balance_loss,
     updated_selection_bias,
@@ -123,8 +122,8 @@ def test_agreement_on_the_same_experts_has_loss_experts_over_chosen():
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_the_gradient_of_the_expert_loss_lowers_the_overloaded_experts_logits(scoring):
     logits_NE = torch.tensor([[3.0, 0.0, 0.0, 0.1], [3.0, 0.0, 0.1, 0.0]], requires_grad=True)
-    config = MoEConfig(num_experts=4, top_k=1, expert_width=1, scoring=scoring)
-    expert_balance_loss(route(logits_NE, config)).backward()
+    config = TopK(num_experts=4, top_k=1, scoring=scoring)
+    expert_balance_loss(config.route(logits_NE)).backward()
     assert (logits_NE.grad[:, 0] > 0).all()
     assert (logits_NE.grad[:, 1:] < 0).all()
 
@@ -149,13 +148,13 @@ def test_the_bias_moves_by_the_rate_up_for_idle_and_down_for_busy_experts():
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_repeated_bias_updates_bring_a_skewed_router_to_its_fair_share(scoring):
-    config = MoEConfig(num_experts=8, top_k=2, expert_width=1, scoring=scoring)
+    config = TopK(num_experts=8, top_k=2, scoring=scoring)
     generator = torch.Generator().manual_seed(0)
     logits_NE = torch.randn(2000, 8, generator=generator) + torch.linspace(-1.0, 1.0, 8)
     bias_E = torch.zeros(8)
-    assert expert_load(route(logits_NE, config, bias_E)).max() > 2
+    assert expert_load(config.route(logits_NE, bias_E)).max() > 2
     for _ in range(500):
-        load_E = expert_load(route(logits_NE, config, bias_E))
+        load_E = expert_load(config.route(logits_NE, bias_E))
         bias_E = updated_selection_bias(bias_E, load_E, rate=0.001)
-    load_E = expert_load(route(logits_NE, config, bias_E))
+    load_E = expert_load(config.route(logits_NE, bias_E))
     assert (load_E - 1).abs().max() < 0.05

@@ -5,10 +5,10 @@ Shapes: B batch, T positions, N = B * T tokens, D model width, F hidden width.
 
 import pytest
 import torch
-from tiny import plain_moe
+from tiny import plain_moe, sparse
 from torch import nn
 
-from moe import Clamp, FeedForward, MoE, MoEConfig
+from moe import Clamp, FeedForward
 from moe.feed_forward import GatedFeedForward
 
 D = 8
@@ -37,8 +37,8 @@ each_config = pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 
 def make_layer(**fields):
     """A float64 layer of six experts, two per token, with every parameter and buffer random."""
-    config = MoEConfig(**{"num_experts": 6, "top_k": 2, "expert_width": 4} | fields)
-    layer = MoE(D, config)
+    config = sparse(**{"num_experts": 6, "top_k": 2, "expert_width": 4} | fields)
+    layer = config.build(D)
     generator = torch.Generator().manual_seed(0)
     for tensor in [*layer.parameters(), *layer.buffers()]:
         nn.init.normal_(tensor, generator=generator)
@@ -74,7 +74,7 @@ def test_the_layer_is_the_weighted_sum_of_the_chosen_experts_plus_the_shared_one
 @each_config
 def test_each_token_gets_what_the_plain_equations_give(fields):
     layer, x_ND = make_layer(**fields), make_x(7)
-    expected_ND = torch.stack([plain_moe(layer, layer.router.config, x_D) for x_D in x_ND])
+    expected_ND = torch.stack([plain_moe(layer, layer.config, x_D) for x_D in x_ND])
     torch.testing.assert_close(layer(x_ND), expected_ND)
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from tiny import sparse
 from torch import nn
 
-from moe import MoE, MoEConfig, Routing, record_routing, routers
+from moe import MoE, Routing, record_routing, routers
 
-CONFIG = MoEConfig(num_experts=4, top_k=2, expert_width=4, scoring="softmax")
+CONFIG = sparse(num_experts=4, top_k=2, expert_width=4, scoring="softmax")
 FIELDS = ["weights_NK", "experts_NK", "scores_NE", "logits_NE"]
 
 

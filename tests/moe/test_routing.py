@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moe import MoEConfig, Router, route
+from moe import TopK
 from moe.scoring import SCORING
 
 quick = settings(deadline=None, max_examples=40)
@@ -56,10 +56,9 @@ def configs(draw):
     groups, size = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     kept = draw(st.integers(1, groups))
     group_scores = ["max", "top2_sum"] if groups == 1 or size >= 2 else ["max"]
-    return MoEConfig(
+    return TopK(
         num_experts=groups * size,
         top_k=draw(st.integers(1, kept * size)),
-        expert_width=1,
         scoring=draw(st.sampled_from(sorted(SCORING))),
         num_groups=groups,
         groups_kept=kept,
@@ -83,7 +82,11 @@ def cases(draw, dtype):
 
 
 def make_config(**fields):
-    return MoEConfig(**{"num_experts": 4, "top_k": 2, "expert_width": 1} | fields)
+    return TopK(**{"num_experts": 4, "top_k": 2} | fields)
+
+
+def route(logits_NE, config, bias_E=None):
+    return config.route(logits_NE, bias_E)
 
 
 def chosen_weights(routing, token=0):
@@ -295,7 +298,7 @@ def test_zero_tokens_are_routed_to_empty_tensors():
 def make_router(weight_ED, **fields):
     """A router with this weight, and a bias if `fields` ask for one."""
     E, D = len(weight_ED), len(weight_ED[0])
-    router = Router(D, make_config(num_experts=E, top_k=1, **fields))
+    router = make_config(num_experts=E, top_k=1, **fields).build(D)
     router.weight.data = torch.tensor(weight_ED)
     return router
 

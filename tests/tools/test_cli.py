@@ -26,7 +26,7 @@ PROMPT = "Once upon a time"
 FIGURES = {
     *("prompt", "text", "ids", "total_parameters", "active_parameters", "prompt_tokens"),
     *("prompt_tokens_per_second", "generated_tokens", "generation_tokens_per_second"),
-    *("cache_bytes_per_token", "plain_attention_cache_bytes_per_token"),
+    *("cache_bytes_per_token", "cache_constant_bytes", "plain_attention_cache_bytes_per_token"),
     *("forwards", "forwards_saved", "drafted_tokens", "accepted_tokens", "mean_accepted_length"),
     *("drafting_seconds", "verifying_seconds"),
 }

@@ -10,14 +10,12 @@ from files import tensors_of
 from safetensors.torch import load_file
 
 from checkpoints import load_model, load_tokenizer
-from moe import MoEConfig, Router
 from tools import corpus, held_out, training_state
 from tools.__main__ import main
 from tools.make_tiny import CONFIGS, write_tiny
 from tools.train import (
     add_arguments,
     depth_weights,
-    keep_routers_exact,
     learning_rate,
     make_optimizer,
     train_step,
@@ -230,17 +228,6 @@ def test_wrong_settings_of_modules_are_one_line(paths, base, tmp_path, capsys, f
 
 def test_bfloat16_trains_too(paths):
     assert train(paths, "bfloat16", "--precision", "bfloat16", steps=2) == 0
-
-
-def test_routers_stay_exact_where_the_rest_is_bfloat16():
-    router = Router(16, MoEConfig(num_experts=8, top_k=2, expert_width=8, scoring="sigmoid"))
-    x_ND = torch.randn(5, 16)
-    torch.nn.init.normal_(router.weight)
-    exact = router(x_ND).logits_NE
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not router(x_ND).logits_NE.equal(exact)
-        keep_routers_exact(router, torch.device("cpu"))
-        assert router(x_ND).logits_NE.equal(exact)
 
 
 def test_an_interrupted_save_leaves_the_last_good_checkpoint(paths, monkeypatch, capsys):

@@ -21,8 +21,7 @@ from published import (
 from traps import check_refused, experts_of, read
 
 from checkpoints import load_model
-from modeling import DenseConfig
-from moe import MoEConfig, route
+from moe import DenseConfig, MoEConfig
 
 MODEL_TYPES = ("deepseek",)
 
@@ -238,26 +237,26 @@ def test_trap_04_halves_are_rotated_together():
 
 def test_trap_17_the_weights_are_softmax_probabilities_over_all_experts():
     logits_NE = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-    routing = route(logits_NE, experts_of(V1))
+    routing = experts_of(V1).router.route(logits_NE)
     expected_NK = logits_NE.softmax(dim=1).gather(1, routing.experts_NK)
     torch.testing.assert_close(routing.weights_NK, expected_NK)
 
 
 def test_trap_18_weights_are_normalised_where_the_file_says_so(tmp_path):
-    assert not experts_of(V1).normalize
+    assert not experts_of(V1).router.normalize
     moe = experts_of(V1, norm_topk_prob=True)
-    assert (moe.normalize, moe.normalize_epsilon) == (True, 1e-20)
+    assert (moe.router.normalize, moe.router.normalize_epsilon) == (True, 1e-20)
     check_refused(tmp_path, "norm_topk_prob is missing", V1, norm_topk_prob=REMOVED)
 
 
 def test_trap_20_no_scaling_factor_is_known(tmp_path):
-    assert experts_of(V1).scale == 1.0
+    assert experts_of(V1).router.scale == 1.0
     assert read(V1, routed_scaling_factor=1.0) == read(V1)
     check_refused(tmp_path, "routed_scaling_factor = 16.0", V1, routed_scaling_factor=16.0)
 
 
 def test_trap_22_the_router_multiplies_in_the_precision_of_the_weights():
-    assert experts_of(V1).router_precision == "weights"
+    assert experts_of(V1).router.router_precision == "weights"
 
 
 @pytest.mark.parametrize("count", [2, 1, 0, None])

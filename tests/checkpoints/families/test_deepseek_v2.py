@@ -19,8 +19,6 @@ from traps import (
     read,
 )
 
-from moe import route
-
 MODEL_TYPES = ("deepseek_v2",)
 
 YARN = {
@@ -238,14 +236,14 @@ def test_trap_17_the_weights_are_softmax_probabilities_over_all_experts(tmp_path
 
 @pytest.mark.parametrize("normalise", [True, False, REMOVED])
 def test_trap_19_weights_are_never_normalised(normalise):
-    assert experts_of(V2, norm_topk_prob=normalise).normalize is False
+    assert experts_of(V2, norm_topk_prob=normalise).router.normalize is False
 
 
 def test_trap_20_the_scaling_factor_multiplies_the_weights(tmp_path):
     (doubled,) = check_routing(*pair(tmp_path, "deepseek_v2", ONE | {"routed_scaling_factor": 2.0}))
     (plain,) = check_routing(*pair(tmp_path, "deepseek_v2", ONE))
     assert doubled.equal(2 * plain)
-    assert experts_of(V2, routed_scaling_factor=REMOVED).scale == 1.0
+    assert experts_of(V2, routed_scaling_factor=REMOVED).router.scale == 1.0
 
 
 def test_trap_22_the_router_multiplies_in_float32(tmp_path):
@@ -259,11 +257,11 @@ def test_trap_23_groups_are_limited_only_where_the_method_says_so_by_their_best_
     method, groups
 ):
     moe = experts_of(V2, topk_method=method)
-    assert (moe.num_groups, moe.groups_kept) == groups
+    assert (moe.router.num_groups, moe.router.groups_kept) == groups
     logits_NE = torch.zeros(1, 160)
     logits_NE[0, :60:20] = 9.0  # the best expert of groups 0, 1, 2
     logits_NE[0, 60:160] = 8.9  # all of the others, whose sums are greater
-    kept = set((route(logits_NE, moe).experts_NK // 20).flatten().tolist())
+    kept = set((moe.router.route(logits_NE).experts_NK // 20).flatten().tolist())
     assert kept == {0, 1, 2} if method == "group_limited_greedy" else kept - {0, 1, 2}
 
 

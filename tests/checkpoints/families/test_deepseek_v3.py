@@ -15,6 +15,7 @@ from published import (
     save,
     with_frequencies,
 )
+from tiny import sparse
 from traps import (
     biases_in_a_layer,
     check_bias_kept_wide,
@@ -34,9 +35,9 @@ from traps import (
 )
 
 from checkpoints import CheckpointError, load_model
-from modeling import DenseConfig, Transformer
+from modeling import Transformer
 from modeling.rope import inverse_frequencies
-from moe import MoEConfig
+from moe import DenseConfig, MoEConfig
 from tools.describe import count_parameters
 
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
@@ -376,7 +377,7 @@ def test_what_stands_in_rope_parameters_wins(other):
 
 
 def test_v3_routes_by_biased_sigmoids_in_groups():
-    assert experts_of(V3) == MoEConfig(
+    assert experts_of(V3) == sparse(
         num_experts=256,
         top_k=8,
         expert_width=2048,
@@ -402,8 +403,8 @@ def test_trap_16_weights_are_not_taken_from_biased_scores(tmp_path):
 
 @every_release
 def test_trap_18_weights_are_normalised_where_the_file_says_so(tmp_path, published):
-    assert experts_of(published).normalize
-    assert not experts_of(published, norm_topk_prob=False).normalize
+    assert experts_of(published).router.normalize
+    assert not experts_of(published, norm_topk_prob=False).router.normalize
     check_refused(tmp_path, "norm_topk_prob is missing", published, norm_topk_prob=REMOVED)
 
 
@@ -435,9 +436,13 @@ def test_trap_23_a_group_counts_by_its_two_best_and_a_single_one_masks_nothing(
 @pytest.mark.parametrize("published", [KIMI_K2, MOONLIGHT], ids=["Kimi-K2", "Moonlight"])
 def test_one_group_is_no_limit(published):
     moe = experts_of(published)
-    assert (moe.num_groups, moe.groups_kept) == (1, 1)
-    assert (moe.scoring, moe.selection_bias, moe.normalize) == ("sigmoid", True, True)
-    assert moe.scale == published["routed_scaling_factor"]
+    assert (moe.router.num_groups, moe.router.groups_kept) == (1, 1)
+    assert (moe.router.scoring, moe.router.selection_bias, moe.router.normalize) == (
+        "sigmoid",
+        True,
+        True,
+    )
+    assert moe.router.scale == published["routed_scaling_factor"]
 
 
 @pytest.mark.parametrize(("published", "width"), [(V3, 2048), (KIMI_K2, 2048), (MOONLIGHT, 2816)])

@@ -156,7 +156,7 @@ def test_a_kind_of_attention_that_is_none_is_refused(tmp_path):
 
 
 def test_the_scores_are_sigmoids_under_either_name(tmp_path):
-    assert experts_of(DOTS).scoring == "sigmoid"
+    assert experts_of(DOTS).router.scoring == "sigmoid"
     assert read(DOTS, scoring_func="sigmoid") == read(DOTS, scoring_func=REMOVED) == read(DOTS)
     check_refused(tmp_path, "scoring_func = 'softmax'", DOTS, scoring_func="softmax")
 
@@ -183,8 +183,8 @@ def test_trap_16_weights_are_not_taken_from_biased_scores(tmp_path):
 
 
 def test_trap_18_whether_weights_are_normalised_is_read_and_never_assumed():
-    assert experts_of(DOTS).normalize
-    assert not experts_of(DOTS, norm_topk_prob=False).normalize
+    assert experts_of(DOTS).router.normalize
+    assert not experts_of(DOTS, norm_topk_prob=False).router.normalize
     with pytest.raises(ConfigError, match="norm_topk_prob is missing"):
         read(DOTS, norm_topk_prob=REMOVED)
 
@@ -195,7 +195,7 @@ def test_trap_20_the_scaling_factor_multiplies_the_weights(tmp_path, normalised)
     (weights_NE,) = check_routing(peer, model)
     if normalised:
         assert weights_NE.sum(dim=-1).mean().item() == pytest.approx(2.2)
-    assert experts_of(DOTS).scale == 2.5
+    assert experts_of(DOTS).router.scale == 2.5
 
 
 def test_trap_21_the_selection_bias_stays_float32(tmp_path):

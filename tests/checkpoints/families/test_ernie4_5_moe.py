@@ -29,7 +29,7 @@ from traps import (
 )
 
 from checkpoints import CheckpointError, load_model
-from modeling import DenseConfig
+from moe import DenseConfig
 from tools.make_tiny import write_tiny
 
 MODEL_TYPES = ("ernie4_5_moe",)
@@ -276,8 +276,12 @@ def test_trap_16_weights_are_those_of_improbable_experts_where_the_bias_chooses_
 @pytest.mark.parametrize("said", [False, None, REMOVED])
 def test_trap_19_weights_are_normalised_whatever_the_config_says(said):
     moe = experts_of(ERNIE, norm_topk_prob=said)
-    assert (moe.normalize, moe.normalize_minimum, moe.normalize_epsilon) == (True, 1e-12, 0.0)
-    assert experts_of(ERNIE, moe_norm_min=1e-6).normalize_minimum == 1e-6
+    assert (moe.router.normalize, moe.router.normalize_minimum, moe.router.normalize_epsilon) == (
+        True,
+        1e-12,
+        0.0,
+    )
+    assert experts_of(ERNIE, moe_norm_min=1e-6).router.normalize_minimum == 1e-6
 
 
 def test_trap_21_the_selection_bias_stays_float32(tmp_path):

@@ -137,8 +137,10 @@ def test_trap_17_the_softmax_runs_over_all_experts_before_the_choice(tmp_path, n
 
 
 def test_trap_18_weights_and_number_of_experts_are_read_and_never_assumed():
-    assert not read(FLEX).layers[0].feed_forward.normalize
-    assert read(FLEX).layers[0].feed_forward.top_k == 7  # and not 5 as transformers' class says
+    assert not read(FLEX).layers[0].feed_forward.router.normalize
+    assert (
+        read(FLEX).layers[0].feed_forward.router.top_k == 7
+    )  # and not 5 as transformers' class says
     for key in ("norm_topk_prob", "num_experts_per_tok", "num_experts"):
         with pytest.raises(ConfigError, match=f"{key}.* is missing"):
             read(FLEX, **{key: REMOVED})

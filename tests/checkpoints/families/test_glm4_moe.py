@@ -25,8 +25,7 @@ from traps import (
     read,
 )
 
-from modeling import DenseConfig
-from moe import ConfigError
+from moe import ConfigError, DenseConfig
 
 MODEL_TYPES = ("glm4_moe",)
 AIR = {
@@ -250,8 +249,8 @@ def test_trap_16_weights_are_not_taken_from_biased_scores(tmp_path):
 
 
 def test_trap_18_whether_weights_are_normalised_is_read_and_never_assumed():
-    assert experts_of(GLM).normalize
-    assert not experts_of(GLM, norm_topk_prob=False).normalize
+    assert experts_of(GLM).router.normalize
+    assert not experts_of(GLM, norm_topk_prob=False).router.normalize
     with pytest.raises(ConfigError, match="norm_topk_prob is missing"):
         read(GLM, norm_topk_prob=REMOVED)
 

@@ -26,8 +26,7 @@ from traps import (
     read,
 )
 
-from modeling import DenseConfig
-from moe import ConfigError
+from moe import ConfigError, DenseConfig
 
 MODEL_TYPES = ("glm4_moe_lite",)
 FLASH = {
@@ -228,8 +227,8 @@ def test_trap_16_weights_are_not_taken_from_biased_scores(tmp_path):
 
 
 def test_trap_18_whether_weights_are_normalised_is_read_and_never_assumed():
-    assert experts_of(FLASH).normalize
-    assert not experts_of(FLASH, norm_topk_prob=False).normalize
+    assert experts_of(FLASH).router.normalize
+    assert not experts_of(FLASH, norm_topk_prob=False).router.normalize
     with pytest.raises(ConfigError, match="norm_topk_prob is missing"):
         read(FLASH, norm_topk_prob=REMOVED)
 
@@ -240,7 +239,7 @@ def test_trap_20_the_scaling_factor_multiplies_the_weights(tmp_path, normalised)
     (weights_NE,) = check_routing(peer, model)
     if normalised:
         assert weights_NE.sum(dim=-1).mean().item() == pytest.approx(2.2)
-    assert experts_of(FLASH).scale == 1.8
+    assert experts_of(FLASH).router.scale == 1.8
 
 
 def test_trap_21_the_selection_bias_stays_float32(tmp_path):

@@ -167,7 +167,7 @@ def test_every_second_layer_has_a_window_from_the_first_on():
 def test_the_number_of_experts_has_two_names():
     assert read(OSS_20B, num_experts_per_tok=REMOVED) == read(OSS_20B)
     assert read(OSS_20B, num_local_experts=REMOVED, num_experts=32) == read(OSS_20B)
-    assert experts_of(OSS_20B).top_k == 4
+    assert experts_of(OSS_20B).router.top_k == 4
 
 
 def test_the_activation_is_clamped_where_the_config_says():

@@ -153,7 +153,7 @@ def test_trap_17_a_softmax_over_the_chosen_is_one_over_all_that_is_normalised(tm
 
 @pytest.mark.parametrize("said", [False, None, REMOVED])
 def test_trap_19_weights_are_normalised_whatever_the_config_says(said):
-    assert read(GRANITE_1B, norm_topk_prob=said).layers[0].feed_forward.normalize
+    assert read(GRANITE_1B, norm_topk_prob=said).layers[0].feed_forward.router.normalize
 
 
 def test_trap_22_the_router_multiplies_in_the_weights_precision(tmp_path):

@@ -153,7 +153,10 @@ def test_the_numbers_of_the_experts_are_one_for_all_layers_or_a_list():
         "moe_intermediate_size": [3072] * 16 + [1024] * 16,
     }
     kinds = [layer.feed_forward for layer in read(A13B, **halves).layers]
-    sizes = [(moe.num_experts, moe.top_k, moe.expert_width, moe.shared_width) for moe in kinds]
+    sizes = [
+        (moe.router.num_experts, moe.router.top_k, moe.expert_width, moe.shared_width)
+        for moe in kinds
+    ]
     assert sizes == [(64, 8, 3072, 3072)] * 16 + [(32, 4, 1024, 3072)] * 16
 
 
@@ -222,7 +225,7 @@ def test_trap_12_dynamic_rope_without_alpha_is_refused(alpha):
 
 @pytest.mark.parametrize("said", [False, None, REMOVED])
 def test_trap_19_weights_are_normalised_whatever_the_config_says(tmp_path, said):
-    assert experts_of(A13B, norm_topk_prob=said).normalize
+    assert experts_of(A13B, norm_topk_prob=said).router.normalize
     peer, model = pair(tmp_path, "hunyuan_v1_moe", SIZES)
     for weights_NE in check_routing(peer, model):
         assert weights_NE.sum(dim=-1).mean().item() == pytest.approx(1.0)

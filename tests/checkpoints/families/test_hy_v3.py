@@ -27,8 +27,7 @@ from traps import (
 )
 
 from checkpoints import load_model, save_model
-from modeling import DenseConfig
-from moe import ConfigError
+from moe import ConfigError, DenseConfig
 
 MODEL_TYPES = ("hy_v3",)
 HY3 = {
@@ -233,13 +232,13 @@ def test_trap_16_weights_are_not_taken_from_biased_scores(tmp_path):
 @pytest.mark.parametrize("said", [False, None, REMOVED])
 def test_trap_19_weights_are_normalised_whatever_the_config_says(said):
     moe = experts_of(HY3, norm_topk_prob=said)
-    assert (moe.normalize, moe.normalize_epsilon) == (True, 1e-20)
+    assert (moe.router.normalize, moe.router.normalize_epsilon) == (True, 1e-20)
 
 
 def test_trap_20_the_scaling_factor_multiplies_the_weights(tmp_path):
     (weights_NE,) = check_routing(*pair(tmp_path, "hy_v3", SIZES))
     assert weights_NE.sum(dim=-1).mean().item() == pytest.approx(1.7)
-    assert experts_of(HY3).scale == 2.826
+    assert experts_of(HY3).router.scale == 2.826
     with pytest.raises(ConfigError, match="router_scaling_factor is missing"):
         read(HY3, router_scaling_factor=REMOVED)
 

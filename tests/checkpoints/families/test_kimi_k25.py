@@ -163,7 +163,11 @@ def test_trap_01_yarn_multiplies_the_softmax_scale_once():
 
 def test_trap_23_one_group_is_no_limit():
     moe = experts_of(K25)
-    assert (moe.num_groups, moe.groups_kept, moe.group_score) == (1, 1, "top2_sum")
+    assert (moe.router.num_groups, moe.router.groups_kept, moe.router.group_score) == (
+        1,
+        1,
+        "top2_sum",
+    )
 
 
 def test_trap_33_how_the_text_is_packed_is_read_inside_text_config(tmp_path):

@@ -168,7 +168,7 @@ def test_trap_16_weights_are_not_taken_from_biased_scores(tmp_path):
 
 @pytest.mark.parametrize("said", [False, None, REMOVED])
 def test_trap_19_weights_are_normalised_whatever_the_config_says(tmp_path, said):
-    assert experts_of(M2, norm_topk_prob=said).normalize
+    assert experts_of(M2, norm_topk_prob=said).router.normalize
     peer, model = pair(tmp_path, "minimax_m2", SIZES)
     for weights_NE in check_routing(peer, model):
         assert weights_NE.sum(dim=-1).mean().item() == pytest.approx(1.0)

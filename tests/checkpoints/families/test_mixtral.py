@@ -188,8 +188,9 @@ def test_what_a_mixtral_cannot_be_is_refused_by_name(tmp_path, key, value):
 
 
 def test_numbers_that_do_not_go_together_are_refused(tmp_path):
-    check_refused(tmp_path, "top_k = 9: must be <= num_experts = 8", SMALL, num_experts_per_tok=9)
-    said = "num_attention_heads = 31: must divide hidden_size"
+    said = "num_experts_per_tok = 9: must be <= num_local_experts = 8"
+    check_refused(tmp_path, said, SMALL, num_experts_per_tok=9)
+    said = "num_attention_heads = 31, expected a divisor of hidden_size"
     check_refused(tmp_path, said, SMALL, num_attention_heads=31)
     said = "num_local_experts or num_experts is missing"
     check_refused(tmp_path, said, SMALL, num_local_experts=REMOVED)

@@ -96,7 +96,12 @@ def layouts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def test_the_width_of_an_expert_is_intermediate_size():
     moe = read(OLMOE).layers[0].feed_forward
-    assert (moe.num_experts, moe.top_k, moe.expert_width, moe.shared_width) == (64, 8, 1024, 0)
+    assert (moe.router.num_experts, moe.router.top_k, moe.expert_width, moe.shared_width) == (
+        64,
+        8,
+        1024,
+        0,
+    )
     assert read(OLMOE, num_experts=REMOVED, num_local_experts=64) == read(OLMOE)
 
 
@@ -122,8 +127,8 @@ def test_trap_17_the_softmax_runs_over_all_experts_before_the_choice(tmp_path, n
 
 
 def test_trap_18_whether_weights_are_normalised_is_read_and_never_assumed():
-    assert not read(OLMOE).layers[0].feed_forward.normalize
-    assert read(OLMOE, norm_topk_prob=True).layers[0].feed_forward.normalize
+    assert not read(OLMOE).layers[0].feed_forward.router.normalize
+    assert read(OLMOE, norm_topk_prob=True).layers[0].feed_forward.router.normalize
     with pytest.raises(ConfigError, match="norm_topk_prob is missing"):
         read(OLMOE, norm_topk_prob=REMOVED)
 

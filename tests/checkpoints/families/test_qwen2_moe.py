@@ -19,8 +19,7 @@ from traps import (
 )
 
 from checkpoints import load_model
-from modeling import DenseConfig
-from moe import MoEConfig
+from moe import DenseConfig, MoEConfig
 
 MODEL_TYPES = ("qwen2_moe",)
 
@@ -197,9 +196,9 @@ def test_trap_17_the_weights_are_probabilities_among_all_experts(tmp_path, norma
 
 @every_release
 def test_trap_18_weights_are_normalised_where_the_file_says_so(tmp_path, published):
-    assert not experts_of(published).normalize
+    assert not experts_of(published).router.normalize
     moe = experts_of(published, norm_topk_prob=True)
-    assert (moe.normalize, moe.normalize_epsilon) == (True, 0.0)
+    assert (moe.router.normalize, moe.router.normalize_epsilon) == (True, 0.0)
     check_refused(tmp_path, "norm_topk_prob is missing", published, norm_topk_prob=REMOVED)
 
 

@@ -185,8 +185,8 @@ def test_trap_17_the_weights_are_probabilities_among_all_experts(tmp_path, norma
 @every_release
 def test_trap_18_a_file_must_say_whether_weights_are_normalised(tmp_path, published):
     moe = experts_of(published)
-    assert (moe.normalize, moe.normalize_epsilon) == (True, 0.0)
-    assert not experts_of(published, norm_topk_prob=False).normalize
+    assert (moe.router.normalize, moe.router.normalize_epsilon) == (True, 0.0)
+    assert not experts_of(published, norm_topk_prob=False).router.normalize
     check_refused(tmp_path, "norm_topk_prob is missing", published, norm_topk_prob=REMOVED)
 
 

@@ -3,6 +3,7 @@
 import pytest
 from files import REMOVED
 from layouts import fused
+from tiny import sparse
 from torch import Tensor
 from traps import (
     ROPE,
@@ -22,7 +23,7 @@ from traps import (
     read,
 )
 
-from moe import ConfigError, MoEConfig
+from moe import ConfigError
 
 MODEL_TYPES = ("solar_open",)
 SOLAR = {
@@ -99,7 +100,7 @@ def layouts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def test_every_layer_is_sparse_and_its_routing_has_one_group_where_none_is_given():
-    assert experts_of(SOLAR) == MoEConfig(
+    assert experts_of(SOLAR) == sparse(
         num_experts=128,
         top_k=8,
         expert_width=1280,
@@ -144,7 +145,7 @@ def test_trap_16_weights_are_not_taken_from_biased_scores(tmp_path):
 
 
 def test_trap_18_whether_weights_are_normalised_is_read_and_never_assumed():
-    assert not experts_of(SOLAR, norm_topk_prob=False).normalize
+    assert not experts_of(SOLAR, norm_topk_prob=False).router.normalize
     with pytest.raises(ConfigError, match="norm_topk_prob is missing"):
         read(SOLAR, norm_topk_prob=REMOVED)
 
@@ -155,7 +156,7 @@ def test_trap_20_the_scaling_factor_multiplies_the_weights(tmp_path, normalised)
     for weights_NE in check_routing(peer, model):
         if normalised:
             assert weights_NE.sum(dim=-1).mean().item() == pytest.approx(2.2)
-    assert experts_of(SOLAR, routed_scaling_factor=2.5).scale == 2.5
+    assert experts_of(SOLAR, routed_scaling_factor=2.5).router.scale == 2.5
 
 
 def test_trap_21_the_selection_bias_stays_float32(tmp_path):

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import YARN, gqa, plain_gqa, randomize, rope
 
-from modeling import GQAConfig, QKNormConfig
-from modeling.attention.gqa import GroupedQueryAttention, attend, attend_with_sinks, visible
-from modeling.rope import Positions
+from modeling import GQAConfig, QKNormConfig, Step
+from modeling.attention.dot_product import attend, attend_with_sinks, visible
+from modeling.attention.gqa import GroupedQueryAttention
 
 D = 11
 CONFIGS = {
@@ -44,7 +44,7 @@ def close(actual, expected, tolerance):
 def test_grouped_query_attention_is_its_equations_head_by_head(config):
     module, x_BTD = attention(config), noise(2, 6, D)
     expected = torch.stack([plain_gqa(module, config, x_TD) for x_TD in x_BTD])
-    close(module(x_BTD, Positions(torch.arange(6)[None]), None), expected, 1e-5)
+    close(module(x_BTD, Step(torch.arange(6)[None]), None), expected, 1e-5)
 
 
 @st.composite
@@ -76,10 +76,10 @@ def gqa_configs(draw) -> GQAConfig:
 def test_every_combination_of_options_is_its_equations_at_once_and_piece_by_piece(config, cuts):
     module, x_BTD = attention(config), noise(2, 6, D)
     expected_BTD = torch.stack([plain_gqa(module, config, x_TD) for x_TD in x_BTD])
-    close(module(x_BTD, Positions(torch.arange(6)[None]), None), expected_BTD, 1e-5)
+    close(module(x_BTD, Step(torch.arange(6)[None]), None), expected_BTD, 1e-5)
     cache, bounds = module.make_cache(2, 6), [0, *sorted(cuts), 6]
     for start, end in pairwise(bounds):
-        y_BtD = module(x_BTD[:, start:end], Positions(torch.arange(start, end)[None]), cache)
+        y_BtD = module(x_BTD[:, start:end], Step(torch.arange(start, end)[None]), cache)
         close(y_BtD, expected_BTD[:, start:end], 1e-5)
 
 
@@ -141,7 +141,7 @@ def test_attention_is_the_softmax_over_what_each_query_may_see(
     q_BHTP = noise(B, 4, T, key_width)
     k_BJSP = noise(B, key_heads, S, key_width, seed=1)
     v_BJSM = noise(B, key_heads, S, value_width, seed=2)
-    positions, keys_BS = Positions(torch.tensor(queries)), keys and torch.tensor(keys)
+    positions, keys_BS = Step(torch.tensor(queries)), keys and torch.tensor(keys)
     inputs = q_BHTP, k_BJSP, v_BJSM, positions, keys_BS, scale, window
     if with_sinks:
         y_BHTM = attend_with_sinks(*inputs, torch.tensor(sinks, dtype=torch.float64))
@@ -156,7 +156,7 @@ def test_a_sink_without_weight_changes_nothing_and_one_with_all_leaves_nothing(p
     queries, keys = placement
     B, T, S = len(queries), len(queries[0]), len((keys or queries)[0])
     qkv = noise(B, 2, T, 3), noise(B, 1, S, 3, seed=1), noise(B, 1, S, 3, seed=2)
-    among = Positions(torch.tensor(queries)), keys and torch.tensor(keys), 0.5, window
+    among = Step(torch.tensor(queries)), keys and torch.tensor(keys), 0.5, window
     none_H, all_H = torch.full((2,), -1e9).double(), torch.full((2,), 1e9).double()
     close(attend_with_sinks(*qkv, *among, none_H), attend(*qkv, *among), 1e-12)
     assert not attend_with_sinks(*qkv, *among, all_H).any()
@@ -164,7 +164,7 @@ def test_a_sink_without_weight_changes_nothing_and_one_with_all_leaves_nothing(p
 
 @given(length=st.integers(1, 7), further=st.integers(0, 3))
 def test_a_window_as_long_as_the_text_is_none(length, further):
-    positions, x_BTD = Positions(torch.arange(length)[None]), noise(1, length, D)
+    positions, x_BTD = Step(torch.arange(length)[None]), noise(1, length, D)
     whole, windowed = attention(gqa()), attention(gqa(window=length + further))
     close(windowed(x_BTD, positions, None), whole(x_BTD, positions, None), 1e-12)
 
@@ -176,7 +176,7 @@ def test_attention_is_causal_when_nothing_is_cached(value_width):
         noise(1, 2, 6, 5, seed=1),
         noise(1, 2, 6, value_width),
     )
-    positions = Positions(torch.arange(6)[None])
+    positions = Step(torch.arange(6)[None])
     before = attend(q_BHTP, k_BJSP, v_BJSM, positions, None, 1.0)
     assert before.shape == (1, 2, 6, value_width)
     for t in range(1, 6):
@@ -191,7 +191,7 @@ def test_attention_is_causal_when_nothing_is_cached(value_width):
 @given(placement=placements(), window=windows)
 def test_a_query_sees_its_own_position_and_those_before_as_far_as_its_window(placement, window):
     queries, keys = placement
-    seen = visible(Positions(torch.tensor(queries)), keys and torch.tensor(keys), window)
+    seen = visible(Step(torch.tensor(queries)), keys and torch.tensor(keys), window)
     assert seen.shape == (len(queries), 1, len(queries[0]), len((keys or queries)[0]))
     for b, row in enumerate(queries):
         for t, query in enumerate(row):
@@ -199,7 +199,7 @@ def test_a_query_sees_its_own_position_and_those_before_as_far_as_its_window(pla
 
 
 def test_a_window_of_three_shows_the_query_and_the_two_before_it_and_no_key_before_the_start():
-    positions = Positions(torch.tensor([[1, 5]]))
+    positions = Step(torch.tensor([[1, 5]]))
     seen = visible(positions, torch.tensor([[5, -1, 0, 1, 2, 3, 4, 6]]), window=3)
     assert seen[0, 0].tolist() == [
         [False, False, True, True, False, False, False, False],  # position 1 sees 0 and 1
@@ -231,8 +231,8 @@ def test_biases_stand_where_the_config_asks_for_them():
 def test_the_cache_keeps_rotated_keys_and_values_of_the_key_heads_only():
     module, config, x_BTD = attention(gqa()), gqa(), noise(1, 3, D)
     cache = module.make_cache(1, 4)
-    module(x_BTD, Positions(torch.arange(3)[None]), cache)
-    keys, values = cache.buffers
+    module(x_BTD, Step(torch.arange(3)[None]), cache)
+    keys, values = cache.tensors
     assert keys.shape == values.shape == (1, 4, config.kv_heads * config.head_width)
     unrotated = x_BTD @ module.k.weight.T
     close(values[:, :3], x_BTD @ module.v.weight.T, 1e-12)

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import YARN, mla, model_config, plain_mla, random_tokens, randomize, rope, transformer
 
-from modeling import MLAConfig, RopeConfig
+from modeling import MLAConfig, RopeConfig, Step
 from modeling.attention.mla import MultiHeadLatentAttention, absorbing_pays
-from modeling.rope import Positions
 
 D = 11
 CONFIGS = {
@@ -37,8 +36,8 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def from_start(T: int) -> Positions:
-    return Positions(torch.arange(T)[None])
+def from_start(T: int) -> Step:
+    return Step(torch.arange(T)[None])
 
 
 def close(actual, expected, tolerance):
@@ -68,7 +67,7 @@ def test_expanded_and_absorbed_agree(config, starts, num_new, seed):
     q_BTHP = noise(B, T, c.num_heads, c.nope_width, seed=seed)
     q_BTHR = noise(B, T, c.num_heads, c.rope.width, seed=seed + 1)
     kept_BSW = noise(B, S, c.kv_rank + c.rope.width, seed=seed + 2)
-    positions = Positions(torch.tensor(starts)[:, None] + torch.arange(T))
+    positions = Step(torch.tensor(starts)[:, None] + torch.arange(T))
     keys_BS = torch.arange(S)[None] if any(starts) else None
     expanded, absorbed = (
         form(q_BTHP, q_BTHR, kept_BSW, positions, keys_BS)
@@ -84,7 +83,7 @@ def test_what_lies_behind_a_rows_end_counts_in_neither_form():
     kept_BSW = noise(2, 6, config.kv_rank + config.rope.width)
     other_BSW = kept_BSW.clone()
     other_BSW[1, 3:] = 9.0
-    positions, keys_BS = Positions(torch.tensor([[4, 5], [1, 2]])), torch.arange(6)[None]
+    positions, keys_BS = Step(torch.tensor([[4, 5], [1, 2]])), torch.arange(6)[None]
     for form in (module.expanded, module.absorbed):
         before = form(q_BTHP, q_BTHR, kept_BSW, positions, keys_BS)
         close(form(q_BTHP, q_BTHR, other_BSW, positions, keys_BS), before, 1e-12)
@@ -94,7 +93,7 @@ def test_the_cache_keeps_the_normed_latent_and_the_rotated_key():
     module, config, x_BTD = attention(mla()), mla(), noise(1, 3, D)
     cache = module.make_cache(1, 4)
     module(x_BTD, from_start(3), cache)
-    (kept_BSW,) = cache.buffers
+    (kept_BSW,) = cache.tensors
     assert kept_BSW.shape == (1, 4, config.kv_rank + config.rope.width)
     down_TW = x_BTD[0] @ module.kv_compress.weight.T + module.kv_compress.bias
     latent_TC = down_TW[:, : config.kv_rank]
@@ -205,7 +204,7 @@ def test_forward_follows_the_rule(pays, monkeypatch):
         monkeypatch.setattr(module, name, note)
     cache = module.make_cache(1, 8)
     module(noise(1, 5, D), from_start(5), cache)
-    module(noise(1, 1, D), Positions(torch.tensor([[5]])), cache)
+    module(noise(1, 1, D), Step(torch.tensor([[5]])), cache)
     assert asked == [(5, 5), (1, 6)]
     assert taken == ["absorbed" if pays else "expanded"] * 2
 

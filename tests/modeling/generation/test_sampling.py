@@ -135,14 +135,14 @@ def test_a_greedy_draft_is_judged_by_the_likeliest_token():
     logits_V = torch.tensor([0.1, 3.0, 2.0])
     assert Sampling().draft(logits_V, RandomStream(0)) == (1, None)
     for token in range(3):
-        assert Sampling().judged(logits_V, Draft(token, None), RandomStream(0)) == 1
+        assert Sampling().judge(Draft(token, None), logits_V, RandomStream(0)) == 1
 
 
 def test_what_the_filters_exclude_is_refused():
     sampling, certain_V = Sampling(temperature=1.0, top_k=1), torch.tensor([0.0, 1.0]).double()
     for seed in range(20):
         draft = Draft(1, certain_V)
-        assert sampling.judged(torch.tensor([2.0, 1.0]), draft, RandomStream(seed)) == 0
+        assert sampling.judge(draft, torch.tensor([2.0, 1.0]), RandomStream(seed)) == 0
 
 
 def test_streams_repeat_with_a_seed_and_differ_without_one():
@@ -180,6 +180,6 @@ def test_logits_that_are_no_numbers_are_an_error():
     damaged_V, draft = torch.tensor([0.0, float("nan")]), Draft(0, torch.tensor([0.5, 0.5]))
     for sampling in (Sampling(), Sampling(temperature=1.0)):
         with pytest.raises(ValueError, match="NaN"):
-            sampling.judged(damaged_V, draft, RandomStream(0))
+            sampling.judge(draft, damaged_V, RandomStream(0))
         with pytest.raises(ValueError, match="NaN"):
             sampling.draft(damaged_V, RandomStream(0))

@@ -15,12 +15,13 @@ from files import SHIPPED
 from tiny import agreeable, gqa, mla, model_config, transformer, windows_and_sinks
 
 from checkpoints import load_model, load_tokenizer
-from modeling import DenseConfig, LayerConfig, generate, generate_batch
+from modeling import LayerConfig, generate, generate_batch
 from modeling.generation import draft_count as draft_counts
 from modeling.generation import drafting as drafting_file
 from modeling.generation.draft_count import FixedCount, Round
 from modeling.generation.sampling import RandomStream, Sampling
 from modeling.generation.teacher_forcing import forced_states
+from moe import DenseConfig
 
 GENERATE = import_module("modeling.generation.generate")  # the package has a function of that name
 KINDS = {
@@ -33,7 +34,7 @@ KINDS = {
     ),
 }
 # how much the layers add: little enough for drafts to be kept, too much for all of them to be
-STRENGTHS = {"mla": 0.12, "gqa": 0.05, "windows and sinks": 0.05, "multipliers": 0.05}
+STRENGTHS = {"mla": 0.12, "gqa": 0.05, "windows and sinks": 0.08, "multipliers": 0.05}
 MODELS = {
     (kind, mtp): agreeable(KINDS[kind](mtp), strength)
     for kind, strength in STRENGTHS.items()

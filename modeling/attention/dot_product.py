@@ -1,0 +1,84 @@
+"""Scaled dot-product attention with a causal mask, windows and sinks.
+
+Shapes: B batch, T new tokens, S keys to attend to, H heads, J key-value heads, P head width, M
+value width.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..step import Step
+
+
+def visible(step: Step, keys_BS: Tensor | None, window: int | None = None) -> Tensor:
+    """Which keys, of these positions, each query may see; bool (B, 1, T, S).
+
+    Those at its own position and before, of which a window counts the last so many, itself
+    included. A key of a negative position is none. keys_BS None: the keys are the queries' own.
+    """
+    keys_BS = step.positions_BT if keys_BS is None else keys_BS
+    query_B1T1, key_B11S = step.positions_BT[:, None, :, None], keys_BS[:, None, None]
+    seen = (key_B11S >= 0) & (key_B11S <= query_B1T1)
+    return seen if window is None else seen & (key_B11S > query_B1T1 - window)
+
+
+def attend(
+    q_BHTP: Tensor,
+    k_BJSP: Tensor,
+    v_BJSM: Tensor,
+    step: Step,
+    keys_BS: Tensor | None,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T + causal mask) v, (B, H, T, M); J divides H.
+
+    Among the queries' own keys, without a window, the mask is the plain triangle. Values narrower
+    than the keys are padded with zeros: torch's kernels that never write the (T, S) scores want
+    one width for both.
+    """
+    P, M = q_BHTP.shape[3], v_BJSM.shape[3]
+    triangle = keys_BS is None and window is None
+    y_BHTm = F.scaled_dot_product_attention(
+        q_BHTP,
+        k_BJSP,
+        F.pad(v_BJSM, (0, P - M)) if M < P else v_BJSM,
+        attn_mask=None if triangle else visible(step, keys_BS, window),
+        is_causal=triangle,
+        scale=scale,
+        enable_gqa=q_BHTP.shape[1] != k_BJSP.shape[1],
+    )
+    return y_BHTm[..., :M]
+
+
+def attend_with_sinks(
+    q_BHTP: Tensor,
+    k_BJSP: Tensor,
+    v_BJSM: Tensor,
+    step: Step,
+    keys_BS: Tensor | None,
+    scale: float,
+    window: int | None,
+    sinks_H: Tensor,
+) -> Tensor:
+    """`attend` with one more score per head in each softmax, `sinks_H`, which has no value.
+
+    So a head may attend to nothing (Xiao et al. 2023, section 3.3; gpt-oss). Computed as one more
+    key: every query gets a dimension that holds its head's sink, which only that key has too;
+    it stands at position 0 and has a value of zeros. That leaves the softmax to torch's kernels.
+    """
+    sink_BHT1 = (sinks_H / scale)[:, None, None].expand(*q_BHTP.shape[:3], 1)
+    q_BHTp = torch.cat([q_BHTP, sink_BHT1.to(q_BHTP.dtype)], dim=-1)
+    k_BJsp = F.pad(k_BJSP, (0, 1, 1, 0))
+    k_BJsp[:, :, 0, -1] = 1.0
+    P, M = q_BHTp.shape[3], v_BJSM.shape[3]
+    y_BHTm = F.scaled_dot_product_attention(
+        q_BHTp,
+        k_BJsp,
+        F.pad(v_BJSM, (0, max(0, P - M), 1, 0)),
+        attn_mask=F.pad(visible(step, keys_BS, window), (1, 0), value=True),
+        scale=scale,
+        enable_gqa=q_BHTP.shape[1] != k_BJSP.shape[1],
+    )
+    return y_BHTm[..., :M]

@@ -1,0 +1,135 @@
+"""Products of sorted rows with the matrix of their segment, as operations that torch can trace.
+
+`grouped_mm` computes them for rows of whole 16-byte units of float32 or bfloat16, but torch traces
+it in bfloat16 alone. Here compile, export, vmap and the meta device take every dtype and width.
+
+Shapes: S rows sorted by segment, E segments, I and O input and output width of one product.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether nobody can read the values: in compile, export, vmap, on the meta device."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return True
+    functorch = torch._C._functorch  # torch has no public name for what vmap and grad wrap
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def can_group(x_SI: Tensor, weight_EOI: Tensor) -> bool:
+    """Whether `grouped_mm` takes rows and matrices like these."""
+    rows_fit = all(width * x_SI.element_size() % 16 == 0 for width in weight_EOI.shape[1:])
+    return rows_fit and x_SI.dtype in (torch.float32, torch.bfloat16)
+
+
+def product_of_segments(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Row s times the matrix of its segment, (S, O); segment e ends before row ends[e].
+
+    Rows behind the last end belong to no segment: what stands there is anything, NaN included.
+    """
+    if can_group(x_SI, weight_EOI) and (x_SI.dtype == torch.bfloat16 or not is_traced(x_SI)):
+        return F.grouped_mm(x_SI, weight_EOI.mT, offs=ends_E)
+    return ProductOfSegments.apply(x_SI, weight_EOI, ends_E)
+
+
+Operation = Callable[..., Tensor]
+
+
+def operation(schema: str, make_result: Operation) -> Callable[[Operation], Operation]:
+    """Register a function as an operation of torch's, which `vmap` runs element by element.
+    make_result: an empty tensor of the result's shape, for whoever only traces."""
+
+    def register(function: Operation) -> Operation:
+        name = f"abacus::{function.__name__}"
+        torch.library.define(name, schema)
+        torch.library.impl(name, "default", function)
+        torch.library.register_fake(name, make_result)
+        made = getattr(torch.ops.abacus, function.__name__)
+
+        def map_elements(info: Any, in_dims: tuple, *batched: Tensor) -> tuple[Tensor, int]:
+            rows = [
+                tensor.unbind(dim) if dim is not None else [tensor] * info.batch_size
+                for tensor, dim in zip(batched, in_dims, strict=True)
+            ]
+            return torch.stack([made(*row) for row in zip(*rows, strict=True)]), 0
+
+        torch.library.register_vmap(name, map_elements)
+        return made
+
+    return register
+
+
+@operation(
+    "(Tensor x, Tensor weight, Tensor ends) -> Tensor",
+    lambda x_SI, weight_EOI, ends_E: x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1]),
+)
+def multiply_segments(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """`product_of_segments` without its gradient."""
+    if can_group(x_SI, weight_EOI):
+        return F.grouped_mm(x_SI, weight_EOI.mT, offs=ends_E)
+    y_SO, ends = x_SI.new_zeros(len(x_SI), weight_EOI.shape[1]), ends_E.tolist()
+    for weight_OI, start, end in zip(weight_EOI, [0, *ends], ends, strict=False):
+        y_SO[start:end] = F.linear(x_SI[start:end], weight_OI)
+    return y_SO
+
+
+@operation(
+    "(Tensor y, Tensor x, Tensor ends) -> Tensor",
+    lambda y_SO, x_SI, ends_E: x_SI.new_empty(len(ends_E), y_SO.shape[1], x_SI.shape[1]),
+)
+def sum_over_segments(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+    """The sum of y x^T over the rows of each segment, (E, O, I): the gradient of its matrix."""
+    ends = ends_E.tolist()
+    pairs = zip([0, *ends], ends, strict=False)
+    return torch.stack([y_SO[start:end].mT @ x_SI[start:end] for start, end in pairs])
+
+
+class ProductOfSegments(torch.autograd.Function):
+    """`multiply_segments` with its gradient. (With a `jvp` too, compile would not take it.)"""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        return multiply_segments(x_SI, weight_EOI.contiguous(), ends_E)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_SI, weight_EOI, ends_E = ctx.saved_tensors
+        grad_SO = grad_SO.contiguous()
+        grad_SI = ProductOfSegments.apply(grad_SO, weight_EOI.mT, ends_E)
+        return grad_SI, SumOverSegments.apply(grad_SO, x_SI, ends_E), None
+
+
+class SumOverSegments(torch.autograd.Function):
+    """`sum_over_segments` with its gradient, so that gradients have gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y_SO: Tensor, x_SI: Tensor, ends_E: Tensor) -> Tensor:
+        return sum_over_segments(y_SO, x_SI, ends_E)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_EOI: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_SO, x_SI, ends_E = ctx.saved_tensors
+        grad_SO = ProductOfSegments.apply(x_SI, grad_EOI, ends_E)
+        return grad_SO, ProductOfSegments.apply(y_SO, grad_EOI.mT, ends_E), None
