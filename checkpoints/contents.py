@@ -4,7 +4,6 @@ Reads headers only. Loading, converting and checking all start from here: loadin
 any error, checking tells all of them.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -27,8 +26,7 @@ from .storage.weights import Weight, weights_of
 class Contents:
     """Which tensor of the files goes where in the model."""
 
-    config: ModelConfig  # with the MTP modules that are there and wanted
-    shapes: dict[str, Shape]  # of the model's own tensors
+    model: Transformer  # on the meta device, with the layers and MTP modules to be loaded
     weights: dict[str, Weight]  # all that the files hold, by the names they have unquantised
     entries: list[Entry] = field(default_factory=list)  # what the model is made of
     copies: list[Entry] = field(default_factory=list)  # what may repeat one of those
@@ -36,26 +34,43 @@ class Contents:
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # worth telling, and no obstacle
 
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
 
-def compare(directory: Path, config: ModelConfig, shards: Shards, mtp: bool = True) -> Contents:
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return shapes_of(self.model)
+
+
+def compare(
+    directory: Path,
+    config: ModelConfig,
+    shards: Shards,
+    mtp: bool = True,
+    layers: int | None = None,
+) -> Contents:
     """The files of a directory against the config that was read from it.
 
     mtp: expect the MTP modules; if the files hold none of their tensors, a note says so.
+    layers: the model is to have the first so many layers, and no MTP modules. What the files hold
+    of the others is left out.
     """
     family = family_of(config, directory)
     weights, errors = weights_of(shards, quantization_in(config))
-    config, skipped, notes = with_mtp_as_stored(config, family, weights, mtp)
-    with torch.device("meta"):
-        model = Transformer(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in own_state(model).items()}
-    contents = Contents(config, shapes, weights, errors=errors, notes=notes)
-    if far_too_large := size_error(shapes, shards, directory):
+    model = hollow(config)
+    contents = Contents(model, weights, errors=errors)
+    if far_too_large := size_error(contents.shapes, shards, directory):
         contents.errors.append(far_too_large)
         return contents
-    contents.entries = correspondences(family.rules, shapes, config, weights)
-    contents.copies = copied_entries(family, config, shapes)
-    contents.heads = tied_head_entries(family, config, shapes)
-    missing, unexpected = name_differences(contents, skipped, family)
+    announced = entries_of(family, model, weights)
+    wanted = part_wanted(contents, announced, mtp, layers)
+    if wanted is not config:
+        contents.model = hollow(wanted)
+    contents.entries = correspondences(family.rules, contents.shapes, wanted, weights)
+    contents.copies = copied_entries(family, wanted, contents.shapes)
+    contents.heads = tied_head_entries(family, wanted, contents.shapes)
+    missing, unexpected = name_differences(contents, announced, family)
     if errors or shards.problems:  # what is damaged counts as missing
         missing = []
     if missing or unexpected:
@@ -66,6 +81,51 @@ def compare(directory: Path, config: ModelConfig, shards: Shards, mtp: bool = Tr
         )
     contents.errors += shape_errors(contents)
     return contents
+
+
+def hollow(config: ModelConfig) -> Transformer:
+    """The model of a description, without memory."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def entries_of(
+    family: Family, model: Transformer, present: Mapping[str, Weight] | None = None
+) -> list[Entry]:
+    """Every tensor of a file that holds this model, those that repeat another included.
+
+    present: the weights in the file, which decide between layouts; None for the one to save in.
+    """
+    shapes = shapes_of(model)
+    entries = correspondences(family.rules, shapes, model.config, present)
+    return entries + copied_entries(family, model.config, shapes)
+
+
+def part_wanted(
+    contents: Contents, announced: Sequence[Entry], mtp: bool, layers: int | None
+) -> ModelConfig:
+    """The description of what is to be loaded of what config.json announces."""
+    config, count = contents.config, len(contents.config.layers)
+    if layers is not None:
+        if not 1 <= layers <= count:
+            raise ValueError(f"layers = {layers}: the model has 1 to {count} layers to load")
+        return replace(without_mtp(config), layers=config.layers[:layers])
+    if not config.mtp.blocks:
+        return config
+    of_modules = {entry.published for entry in announced if is_of_mtp(entry)}
+    if mtp and not of_modules.isdisjoint(contents.weights):
+        return config
+    if mtp:
+        contents.notes.append(
+            f"the config announces {len(config.mtp.blocks)} MTP module(s) and the files hold none: "
+            "loading the model without"
+        )
+    return without_mtp(config)
+
+
+def is_of_mtp(entry: Entry) -> bool:
+    """A tensor of an MTP module, or one that a module repeats of the main model."""
+    return entry.ours[0].startswith("mtp.") or entry.repeats
 
 
 def read_headers(path: str | Path) -> tuple[dict[str, StoredTensor], dict[str, Weight]]:
@@ -97,33 +157,16 @@ def untied(config: ModelConfig) -> ModelConfig:
     return replace(config, tied_embeddings=False, published=published)
 
 
+def shapes_of(model: Transformer) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in own_state(model).items()}
+
+
 MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
 def without_mtp(config: ModelConfig) -> ModelConfig:
     published = {key: 0 if key in MTP_COUNTS else v for key, v in config.published.items()}
     return replace(config, mtp=replace(config.mtp, blocks=()), published=published)
-
-
-def with_mtp_as_stored(
-    config: ModelConfig, family: Family, weights: Mapping[str, Weight], wanted: bool
-) -> tuple[ModelConfig, list[str], list[str]]:
-    """The config with the MTP modules to load, the names of those to leave out, and notes."""
-    if not config.mtp.blocks:
-        return config, [], []
-    prefixes = {
-        filled_in(re.sub(r"(\{(layer|mtp)\}\.).*", r"\1", rule.published), layer, config)
-        for rule in family.rules
-        if rule.names[0].startswith("mtp.")
-        for layer in range(len(config.layers), num_blocks(config))
-    }
-    stored = [name for name in weights if name.startswith(tuple(prefixes))]
-    if wanted and stored:
-        return config, [], []
-    count = len(config.mtp.blocks)
-    announced = f"the config announces {count} MTP module(s) and the files hold none: "
-    notes = [announced + "loading the model without"] if wanted else []
-    return without_mtp(config), stored, notes
 
 
 def copied_entries(family: Family, config: ModelConfig, shapes: dict[str, Shape]) -> list[Entry]:
@@ -135,13 +178,14 @@ def copied_entries(family: Family, config: ModelConfig, shapes: dict[str, Shape]
         for layer in range(len(config.layers), num_blocks(config)):
             if not own[rule.names[0]]:
                 published = filled_in(rule.published, layer, config)
-                copies.append(Entry(published, shapes[ours], (ours,)))
+                copies.append(Entry(published, shapes[ours], (ours,), repeats=True))
     return copies
 
 
 def tied_head_entries(family: Family, config: ModelConfig, shapes: dict[str, Shape]) -> list[Entry]:
     """The head that a file may hold although the embedding serves as one."""
-    heads = [rule.published for rule in family.rules if rule.names == ("head.weight",)]
+    rules = family.rules or ()
+    heads = [rule.published for rule in rules if rule.names == ("head.weight",)]
     tied = heads if config.tied_embeddings else []
     return [Entry(published, shapes["embed.weight"], ("embed.weight",)) for published in tied]
 
@@ -159,17 +203,16 @@ def size_error(shapes: Mapping[str, Shape], shards: Shards, directory: Path) -> 
 
 
 def name_differences(
-    contents: Contents, skipped: Sequence[str], family: Family
+    contents: Contents, announced: Sequence[Entry], family: Family
 ) -> tuple[list[str], list[str]]:
-    """Expected tensors that are not there, and those that are there besides."""
+    """Expected tensors that are not there, and those that are there and not even announced."""
     needed = {entry.published for entry in contents.entries}
     stored = contents.weights.keys()
     missing = sorted(needed - stored)
-    besides = {entry.published for entry in contents.copies + contents.heads}
-    allowed = needed | set(skipped) | besides
+    besides = {entry.published for entry in [*announced, *contents.copies, *contents.heads]}
     unexpected = [
         name
-        for name in sorted(stored - allowed)
+        for name in sorted(stored - needed - besides)
         if not any(fnmatchcase(name, known) for known in family.ignored)
     ]
     return missing, unexpected

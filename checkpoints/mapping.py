@@ -48,7 +48,7 @@ class Family:
     """What is known of a published family, and nothing of it anywhere else."""
 
     read_config: Callable[[Fields], ModelConfig]
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...] | None  # None: files have our own names
     copies: tuple[Rule, ...] = ()  # published names that repeat a tensor which has its own rule
     ignored: tuple[str, ...] = ()  # patterns of published names that are not loaded: "vision.*"
 
@@ -62,6 +62,7 @@ class Entry:
     ours: tuple[str, ...]
     expert: int | None = None  # the index into the first dimension of `ours`
     pattern: str | None = None
+    repeats: bool = False  # a tensor that has an entry of its own
 
     def parts(self, state: Mapping[str, Tensor]) -> list[Tensor]:
         """Views of our tensors that this entry fills."""
@@ -96,7 +97,7 @@ def packed(pattern: str, parts: Sequence[Tensor]) -> Tensor:
 
 
 def correspondences(
-    rules: Sequence[Rule],
+    rules: Sequence[Rule] | None,
     shapes: Mapping[str, Shape],
     config: ModelConfig,
     present: Collection[str] | None = None,
@@ -106,6 +107,8 @@ def correspondences(
     present: the names in the file, which decide between layouts; None for the layout to save in.
     Raises ValueError if the rules say nothing about one of our names.
     """
+    if rules is None:
+        return [Entry(name, shape, (name,)) for name, shape in shapes.items()]
     candidates = [entries for rule in rules for entries in instances(rule, shapes, config)]
     found: list[Entry] = []
     covered: set[str] = set()

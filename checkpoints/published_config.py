@@ -1,5 +1,6 @@
-"""config.json of a published checkpoint -> ModelConfig, by the adapter of its family."""
+"""config.json of a checkpoint -> ModelConfig, by the adapter of its family."""
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -8,23 +9,26 @@ from modeling import ModelConfig
 from moe import ConfigError
 
 from .config_file import CheckpointError, Fields, read_json
-from .families import FAMILIES, MECHANISMS, NOT_YET
+from .families import FAMILIES, MECHANISMS, NOT_YET, native
 from .mapping import Family
 from .storage.shards import some
 from .storage.weights import check_method
 
 
-def read_config(path: str | Path) -> ModelConfig:
-    """The description in a checkpoint directory's config.json, or in such a file."""
-    return interpreted(Path(path))[0]
+def read_config(path: str | Path, classes: Sequence[type] = ()) -> ModelConfig:
+    """The description in a checkpoint directory's config.json, or in such a file.
+
+    classes: config classes from outside the package that a file in our own format may name.
+    """
+    return interpret(Path(path), classes)[0]
 
 
 def unread_keys(path: str | Path) -> list[str]:
     """The keys of a config.json that say nothing about the architecture, or nothing we know of."""
-    return interpreted(Path(path))[1].unread()
+    return interpret(Path(path))[1].unread()
 
 
-def interpreted(path: Path) -> tuple[ModelConfig, Fields]:
+def interpret(path: Path, classes: Sequence[type] = ()) -> tuple[ModelConfig, Fields]:
     """A config.json as its family reads it."""
     file = config_path(path)
     fields = Fields(read_json(file))
@@ -36,10 +40,11 @@ def interpreted(path: Path) -> tuple[ModelConfig, Fields]:
         hint = f"; did you mean {near[0]}?" if near else ""
         known = ", ".join(sorted(FAMILIES))
         raise CheckpointError(f"{file}: model_type {name!r} is not one of {known}{hint}")
+    family = native.family(classes) if name == native.MODEL_TYPE else FAMILIES[name]
     try:
         if quantization := quantization_of(fields):
             check_method(quantization)
-        config = read_by_family(FAMILIES[name], fields)
+        config = read_by_family(family, fields)
         refuse_unread_mechanisms(fields, name)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
@@ -87,8 +92,8 @@ def config_path(path: Path) -> Path:
 
 
 def family_of(config: ModelConfig, where: object) -> Family:
-    """The family that a description was read from."""
-    name = str(config.published.get("model_type", ""))
+    """The family that a description was read from; our own format if it was read from nothing."""
+    name = str(config.published.get("model_type", native.MODEL_TYPE))
     if name not in FAMILIES:
         raise CheckpointError(
             f"{where}: the model's config.published names no family (model_type {name!r}); "

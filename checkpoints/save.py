@@ -1,20 +1,31 @@
-"""A Transformer -> the published layout of its family: config.json, safetensors, an index."""
+"""A Transformer -> a checkpoint directory: the layout of its family, or our own.
 
-import re
-from collections.abc import Mapping
+Everything is planned before anything is written: which tensors there are, under which names, in
+which precision. What cannot be saved is known then.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from modeling import Transformer
+from modeling import ModelConfig, Transformer
 from moe import ConfigError
 
 from .config_file import CheckpointError, Fields
-from .contents import copied_entries, own_state
-from .mapping import Entry, correspondences
+from .contents import entries_of, hollow, own_state
+from .families import native
+from .mapping import Family
+from .precision import Precision
 from .published_config import family_of
+from .storage.shards import some
 from .storage.writing import FP8, FP8_CONFIG, Planned, write_checkpoint
+
+NATIVELY = f'save_model(model, path, to="{native.MODEL_TYPE}") writes it in our own format'
 
 
 def save_model(
@@ -22,73 +33,123 @@ def save_model(
     path: str | Path,
     max_shard_bytes: int = 5_000_000_000,
     dtype: torch.dtype | None = None,
+    to: str | None = None,
 ) -> None:
     """Write the model, MTP modules included, as its family publishes it.
 
     dtype: None keeps that of the weights; torch.float8_e4m3fn stores every matrix inside the
-    blocks (not routers, embedding and head) in FP8 with a scale per block of 128 x 128. A selection
-    bias keeps its own. The family and every field that the model does not need are those of
-    `config.published`. Raises CheckpointError if `path` exists and is not empty, or if
-    `config.published` does not describe this model.
+    blocks (not routers, embedding and head) in FP8 with a scale per block of 128 x 128. What a part
+    calls `exact` keeps its own.
+    to: "abacus" for our own format, in which every model can be written; None for the layout of the
+    family in `config.published`, and for ours if that is empty.
+    Raises CheckpointError if `path` exists and is not empty, or if the model is not what its config
+    and `config.published` describe.
     """
-    config_json = published_config(model, dtype)
-    state = own_state(model)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    family = family_of(model.config, path)
-    entries = correspondences(family.rules, shapes, model.config)
-    entries += copied_entries(family, model.config, shapes)
-
-    def planned(entry: Entry) -> Planned:
-        ours, own = entry.ours[0], state[entry.ours[0]].dtype
-        kept = stored_dtype(ours, entry.published, entry.shape, own, dtype)
-        return Planned(entry.published, entry.shape, kept, lambda: entry.take(state))
-
-    tensors = [planned(entry) for entry in entries]
+    config_json, tensors = plan_checkpoint(model, dtype, to)
     write_checkpoint(Path(path).resolve(), config_json, tensors, max_shard_bytes)
 
 
-MATRICES = re.compile(  # of ours: what FP8 checkpoints store in blocks
-    r".*\.(attention\.(q|k|v|o|q\.compress|q\.expand|kv_compress|kv_expand)\.weight"
-    r"|feed_forward\.(shared\.)?(gate|up|down)\.weight"
-    r"|experts\.(gate|up|down))"
-)
+def plan_checkpoint(
+    model: Transformer, dtype: torch.dtype | None = None, to: str | None = None
+) -> tuple[dict[str, Any], list[Planned]]:
+    """What `save_model` would write, config.json and tensors, or the error that it would raise."""
+    family, config_json = choose_layout(model.config, to)
+    described, state = hollow(model.config), own_state(model)
+    check_tensors(state, own_state(described))
+    precision = Precision(described, dtype, stacks=family.rules is None)
+    whole = WholeTensors(state)
+    tensors = []
+    for entry in entries_of(family, described):
+        ours = entry.ours[0]
+        kept = precision.of(ours, entry.published, entry.shape, state[ours].dtype)
+        make = partial(entry.take, whole)
+        tensors.append(Planned(entry.published, entry.shape, kept, make))
+    return with_dtype(config_json, model.dtype, dtype), tensors
 
 
-def stored_dtype(
-    ours: str | None,
-    published: str,
-    shape: tuple[int, ...],
-    own: torch.dtype,
-    wanted: torch.dtype | None,
-) -> torch.dtype:
-    """The dtype that a tensor is written in: `wanted`, where that makes sense for it.
-
-    ours: our name of it, None for a tensor that is no part of the model.
-    """
-    if wanted is None or (ours or "").endswith("selection_bias") or not own.is_floating_point:
-        return own
-    if wanted != FP8:
-        return wanted
-    if ours is None or not MATRICES.fullmatch(ours):
-        return own
-    if len(shape) != 2:
-        raise CheckpointError(
-            f"{published} holds the matrices of all experts of a layer in one tensor: FP8 blocks "
-            "are defined for one matrix; choose another dtype"
-        )
-    return FP8
-
-
-def published_config(model: Transformer, dtype: torch.dtype | None) -> dict[str, Any]:
-    """config.json: what the model was read from, with the dtype that it is written in."""
-    family = family_of(model.config, "save_model")
+def choose_layout(config: ModelConfig, to: str | None) -> tuple[Family, dict[str, Any]]:
+    """The family to write a model as, and its config.json."""
+    if to not in (None, native.MODEL_TYPE):
+        raise ValueError(f"to = {to!r}: expected None or {native.MODEL_TYPE!r}")
+    family = native.family() if to or not config.published else family_of(config, "save_model")
+    if family.rules is None:
+        return family, native_json(config)
     try:
-        described = family.read_config(Fields(model.config.published))
+        described = family.read_config(Fields(config.published))
     except ConfigError as error:
-        raise CheckpointError(f"the model's config.published: {error}") from None
-    if described != model.config:
-        raise CheckpointError("config.published does not describe this model: make them agree")
-    return with_dtype(model.config.published, model.dtype, dtype)
+        raise CheckpointError(f"the model's config.published: {error}; {NATIVELY}") from None
+    if found := list(differences(config, described)):
+        raise CheckpointError(
+            f"config.published describes another model: {some(found, separator='; ')}. Make them "
+            f"agree, or {NATIVELY}"
+        )
+    return family, dict(config.published)
+
+
+def native_json(config: ModelConfig) -> dict[str, Any]:
+    """config.json in our own format, with the ids of the tokens that the published one has."""
+    try:
+        spelled = native.spell_out(config)
+    except ConfigError as error:
+        raise CheckpointError(f"the model's config: {error}") from None
+    text = config.published.get("text_config") or {}
+    ids = {key: value for key, value in text.items() if key.endswith("_token_id")}
+    ids |= {key: value for key, value in config.published.items() if key.endswith("_token_id")}
+    return spelled | ids
+
+
+def differences(mine: object, other: object, where: str = "") -> Iterator[str]:
+    """Where two descriptions differ, field by field."""
+    if is_dataclass(mine) and type(mine) is type(other):
+        for field in fields(mine):
+            if field.compare:
+                pair = getattr(mine, field.name), getattr(other, field.name)
+                yield from differences(*pair, f"{where}.{field.name}".lstrip("."))
+    elif isinstance(mine, tuple) and isinstance(other, tuple) and len(mine) == len(other):
+        for i, pair in enumerate(zip(mine, other, strict=True)):
+            yield from differences(*pair, f"{where}[{i}]")
+    elif isinstance(mine, tuple) and isinstance(other, tuple):
+        yield f"{where} has {len(mine)} elements here and {len(other)} as published"
+    elif mine != other:
+        yield f"{where} is {mine!r:.80} here and {other!r:.80} as published"
+
+
+def check_tensors(state: Mapping[str, Tensor], described: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless the model has the tensors that its config describes."""
+    found = [f"{name} is not described" for name in sorted(state.keys() - described.keys())]
+    found += [f"{name} is missing" for name in sorted(described.keys() - state.keys())]
+    found += [
+        f"{name} has shape {list(tensor.shape)}, described {list(described[name].shape)}"
+        for name, tensor in state.items()
+        if name in described and tensor.shape != described[name].shape
+    ]
+    if found:
+        raise CheckpointError(
+            f"the model is not what model.config describes: {some(found, separator='; ')}. Merge "
+            "adapters first; of a model whose parts were changed, change the config too"
+        )
+
+
+class WholeTensors(Mapping[str, Tensor]):
+    """A model's tensors, those sharded over processes gathered while they are asked for."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = state
+        self._gathered: tuple[str, Tensor] | None = None  # the last one: experts are many in one
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.state[name]
+        if not hasattr(tensor, "full_tensor"):
+            return tensor
+        if self._gathered is None or self._gathered[0] != name:
+            self._gathered = name, tensor.full_tensor()
+        return self._gathered[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
 
 
 def with_dtype(

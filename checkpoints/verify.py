@@ -3,20 +3,20 @@
 Shapes: ... any dimensions, E experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
-from modeling import ModelConfig
+from modeling import ModelConfig, Transformer
 from moe import TopK
 
 from .config_file import CheckpointError, Fields
 from .contents import Contents, compare
 from .mapping import Entry
-from .published_config import interpreted
+from .published_config import interpret
 from .storage.shards import Shards, some, survey_shards
 from .text.tokenizer import Tokenizer, load_tokenizer
 
@@ -24,12 +24,15 @@ TINY = 1e-30  # no trained weight is this small throughout: memory that was neve
 
 
 def verify(
-    path: str | Path, values: bool = False, progress: bool = False
+    path: str | Path,
+    values: bool = False,
+    progress: bool = False,
+    classes: Sequence[type] = (),
 ) -> tuple[list[str], list[str]]:
     """What is wrong with a checkpoint directory, and what is only worth knowing.
 
     values: read every tensor too, one after the other, and look for NaN, infinities, experts that
-    were never written and selection biases that shut experts out.
+    were never written and selection biases that shut experts out. classes: as of `load_model`.
     Raises CheckpointError only if there is no such directory.
     """
     directory = Path(path)
@@ -39,7 +42,7 @@ def verify(
     notes: list[str] = []
     config = None
     try:
-        config, fields = interpreted(directory)
+        config, fields = interpret(directory, classes)
         notes += misspelled(fields)
     except CheckpointError as error:
         errors.append(str(error))
@@ -104,28 +107,28 @@ def value_errors(contents: Contents, shards: Shards, progress: bool) -> list[str
         except CheckpointError as error:
             errors.append(str(error))
             continue
-        found = list(tensor_errors(name, tensor, homes.get(name), contents.config))
+        found = list(tensor_errors(name, tensor, homes.get(name), contents.model))
         errors += [f"{weight.file}: {error}" for error in found]
     return errors
 
 
 def tensor_errors(
-    name: str, tensor: Tensor, home: Entry | None, config: ModelConfig
+    name: str, tensor: Tensor, home: Entry | None, model: Transformer
 ) -> Iterator[str]:
     """What is wrong with one tensor. home: where it belongs in the model."""
     nans, infinities = int(tensor.isnan().sum()), int(tensor.isinf().sum())
     if nans or infinities:
         yield f"{name} holds {nans:,} NaN and {infinities:,} infinite values of {tensor.numel():,}"
         return
-    ours = home.ours[0] if home else ""
-    if ".experts." in ours and not ours.endswith("bias"):
+    if home is None:
+        return
+    path, _, own = home.ours[0].rpartition(".")
+    owner = model.get_submodule(path)
+    if own in getattr(owner, "quantizable", ()):
         yield from unwritten(name, tensor if tensor.dim() == 3 else tensor[None])
-    if ours.endswith("selection_bias"):
-        layer = int(ours.split(".")[1])
-        moe = (config.layers + config.mtp.blocks)[layer].feed_forward
-        router = getattr(moe, "router", None)
-        if isinstance(router, TopK) and router.num_groups == 1:
-            yield from shut_out(name, tensor.flatten(), router.top_k)
+    rule = getattr(owner, "config", None)
+    if own == "selection_bias" and isinstance(rule, TopK) and rule.num_groups == 1:
+        yield from shut_out(name, tensor.flatten(), rule.top_k)
 
 
 def unwritten(name: str, stack: Tensor) -> Iterator[str]:

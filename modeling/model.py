@@ -201,6 +201,11 @@ class Transformer(nn.Module):
         return self.embed.weight.device
 
     def check_tokens(self, tokens_BT: Tensor) -> None:
+        if hasattr(self.embed.weight, "full_tensor"):  # of fully_shard, which gathers in forward
+            raise ValueError(
+                "the model is sharded: call model.unshard() first, or register the method with "
+                "torch's register_fsdp_forward_method"
+            )
         if tokens_BT.dim() != 2 or tokens_BT.dtype != torch.int64:
             found = f"{tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}"
             raise ValueError(f"tokens must be int64 of shape (batch, length), not {found}")

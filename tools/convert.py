@@ -32,11 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="5GB",
         help="of a weight file, and what is in memory at a time: 500MB, 5GB (default), 1TB",
     )
+    parser.add_argument(
+        "--to",
+        choices=("abacus",),
+        help="write our own format, in which every model can be saved (default: as it is named)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     dtype = None if args.dtype is None else DTYPES[args.dtype]
-    convert(args.source, args.target, dtype, args.max_shard_size)
+    convert(args.source, args.target, dtype, args.max_shard_size, args.to)
     print(args.target)
     return 0
 

@@ -63,12 +63,13 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="cpu", help="any device torch knows: cpu, cuda, cuda:1, mps ...")
     add("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    add("--layers", type=int, help="load the first so many layers only, without MTP modules")
 
 
 def load_asked(args: argparse.Namespace, mtp: bool = True) -> Transformer:
     """The model that the arguments name, on the device and in the dtype that they name."""
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    return load_model(args.model, usable_device(args.device), dtype, mtp=mtp)
+    return load_model(args.model, usable_device(args.device), dtype, mtp, args.layers)
 
 
 def draft_tokens(text: str) -> int | str:

@@ -17,6 +17,7 @@ from . import (
     kimi_k25,
     minimax_m2,
     mixtral,
+    native,
     olmoe,
     qwen2_moe,
     qwen3_moe,
@@ -24,6 +25,7 @@ from . import (
 )
 
 FAMILIES: dict[str, Family] = {
+    native.MODEL_TYPE: native.family(),
     "deepseek": deepseek_v1.FAMILY,
     "deepseek_v2": deepseek_v2.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,

@@ -144,7 +144,9 @@ def special_tokens(settings: dict[str, Any], vocabulary: Vocabulary) -> dict[str
 def stop_ids(directory: Path, eos_token: str | None, vocabulary: Vocabulary) -> tuple[int, ...]:
     """eos_token_id of generation_config.json, else of config.json, else the tokenizer's own."""
     config = directory / "config.json"
-    rows = optional_json(config).get("vocab_size")
+    described = optional_json(config)
+    inner = described.get("model")  # where our own format has the description
+    rows = (inner if isinstance(inner, dict) else described).get("vocab_size")
     size = max(vocabulary.size, rows if isinstance(rows, int) else 0)
     for file in (directory / "generation_config.json", config):
         found = optional_json(file).get("eos_token_id")

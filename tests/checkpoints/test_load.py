@@ -39,7 +39,10 @@ CONFIGS = {
     "beyond float64": ('{"unread": 1e999}', "1e999 is not a number"),
     "thousands of digits": ('{"hidden_size": ' + "9" * 5000 + "}", "digits"),
     "nested deeply": ('{"a":' * 100_000, "nested too deeply"),
-    "no model_type": ("{}", "model_type '' is not one of deepseek, .*deepseek_v3, .*solar_open"),
+    "no model_type": (
+        "{}",
+        "model_type '' is not one of abacus, deepseek, .*deepseek_v3, .*solar_open",
+    ),
     "a near miss": ('{"model_type": "deepseek-v3"}', "did you mean deepseek_v"),
     "an unknown family": ('{"model_type": "bert"}', "'bert' is not one of .*solar_open$"),
     "no name at all": ('{"model_type": ["deepseek_v3"]}', "is not one of"),

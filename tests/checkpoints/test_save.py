@@ -162,10 +162,10 @@ def test_tied_embeddings_are_stored_once(tiny, tmp_path, family):
     same(load(tmp_path / "saved").state_dict(), load(path).state_dict())
 
 
-def test_a_model_without_a_published_config_cannot_be_saved(tmp_path):
-    model = Transformer(model_config(mla()))
+def test_a_model_of_an_unknown_family_cannot_be_saved_as_published(tmp_path):
+    model = Transformer(model_config(mla(), published={"model_type": "bert"}))
     with pytest.raises(
-        CheckpointError, match=r"config.published names no family.*deepseek_v2, deep"
+        CheckpointError, match=r"config.published names no family.*'bert'.*deepseek_v2, deep"
     ):
         save_model(model, tmp_path / "saved")
     assert os.listdir(tmp_path) == []
@@ -175,8 +175,11 @@ def test_a_model_without_a_published_config_cannot_be_saved(tmp_path):
     ("published", "said"),
     [
         ({"model_type": "deepseek_v3"}, "config.published: num_attention_heads is missing"),
-        ({"rope_theta": 123.0}, "config.published does not describe this model"),
-        ({"num_hidden_layers": 4}, "config.published does not describe this model"),
+        (
+            {"rope_theta": 123.0},
+            r"describes another model: layers\[0\].attention.rope.theta is 10000.0 here and 123.0",
+        ),
+        ({"num_hidden_layers": 4}, "layers has 3 elements here and 4 as published. Make.*to="),
     ],
 )
 def test_a_published_config_of_another_model_is_refused(pristine, tmp_path, published, said):

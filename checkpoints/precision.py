@@ -1,0 +1,85 @@
+"""Which tensors of a model may be stored in which precision. Its parts say so themselves.
+
+  exact        names of a module's own tensors that stay in float32 at least
+  quantizable  names of its own matrices that formats of 8 bits and fewer may hold
+
+Linear layers inside attention and feed-forward are quantised too, unless they have a single row.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from modeling import Transformer
+
+from .config_file import CheckpointError
+from .storage.writing import FP8
+
+
+class Precision:
+    """The dtypes that a model's tensors are written in, where one is asked for.
+
+    stacks: a stack of matrices may be in FP8, each in blocks of its own, as in our own format.
+    """
+
+    def __init__(self, model: Transformer, wanted: torch.dtype | None, stacks: bool) -> None:
+        self.wanted, self.stacks = wanted, stacks
+        self.exact = exact_names(model)
+        self.quantizable = quantizable_names(model) if wanted == FP8 else set()
+
+    def of(
+        self, ours: str | None, published: str, shape: tuple[int, ...], own: torch.dtype
+    ) -> torch.dtype:
+        """The dtype of a tensor that has `own` now; ours: None for one that is not the model's."""
+        if self.wanted is None or ours in self.exact or not own.is_floating_point:
+            return own
+        if self.wanted != FP8:
+            return self.wanted
+        if ours not in self.quantizable:
+            return own
+        if len(shape) != 2 and not self.stacks:
+            raise CheckpointError(
+                f"{published} holds the matrices of all experts of a layer in one tensor: FP8 "
+                "blocks are defined for one matrix; choose another dtype"
+            )
+        return FP8
+
+
+def exact_names(model: Transformer) -> set[str]:
+    """The tensors that no dtype asked for narrows."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name in getattr(module, "exact", ())
+    }
+
+
+def quantizable_names(model: Transformer) -> set[str]:
+    """The matrices that may be quantised: none of embedding, head, routers and MTP projections.
+
+    Raises CheckpointError for a part that owns matrices and does not say.
+    """
+    found = set()
+    for path, module in sublayer_modules(model):
+        if isinstance(module, nn.Linear):
+            found |= {f"{path}.weight"} if module.weight.shape[0] > 1 else set()
+            continue
+        own = [n for n, p in module.named_parameters(recurse=False) if p.dim() > 1]
+        if own and not hasattr(module, "quantizable"):
+            raise CheckpointError(
+                f"{path}, a {type(module).__name__}, does not say whether {', '.join(own)} may be "
+                "quantised: give it an attribute quantizable, a tuple of names"
+            )
+        found |= {f"{path}.{name}" for name in getattr(module, "quantizable", ())}
+    return found
+
+
+def sublayer_modules(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of every attention and feed-forward, with its path."""
+    blocks = {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
+    numbers = zip(model.mtp, model.mtp_modules, strict=True)
+    blocks |= {f"mtp.{number}.block": module.block for number, module in numbers}
+    for path, block in blocks.items():
+        for part in ("attention", "feed_forward"):
+            yield from getattr(block, part).named_modules(prefix=f"{path}.{part}")
