@@ -58,8 +58,12 @@ def plan_checkpoint(
     check_tensors(state, own_state(described))
     precision = Precision(described, dtype, stacks=family.rules is None)
     whole = WholeTensors(state)
+    try:
+        entries = entries_of(family, described)
+    except ValueError as error:
+        raise CheckpointError(f"{error}; {NATIVELY}") from None
     tensors = []
-    for entry in entries_of(family, described):
+    for entry in entries:
         ours = entry.ours[0]
         kept = precision.of(ours, entry.published, entry.shape, state[ours].dtype)
         make = partial(entry.take, whole)

@@ -202,10 +202,7 @@ class Transformer(nn.Module):
 
     def check_tokens(self, tokens_BT: Tensor) -> None:
         if hasattr(self.embed.weight, "full_tensor"):  # of fully_shard, which gathers in forward
-            raise ValueError(
-                "the model is sharded: call model.unshard() first, or register the method with "
-                "torch's register_fsdp_forward_method"
-            )
+            raise ValueError("the model is sharded: call model.unshard() before this method")
         if tokens_BT.dim() != 2 or tokens_BT.dtype != torch.int64:
             found = f"{tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}"
             raise ValueError(f"tokens must be int64 of shape (batch, length), not {found}")
@@ -227,10 +224,10 @@ class Transformer(nn.Module):
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draw every weight: matrices from a normal distribution, and the rest as its module says.
 
-        Every module that owns parameters has `reset_parameters`, with `std` as an argument if it
-        owns matrices, and what it leaves undrawn is an error. What writes to the residual stream,
-        the `residual_outputs` of a module, is narrowed by sqrt(2 layers) (GPT-2, section 2.3), so
-        that its variance does not grow with depth. On the meta device nothing is drawn.
+        Every module that owns parameters has `reset_parameters`, which takes `std` if it owns
+        matrices; what it leaves undrawn is an error. The `residual_outputs` of a module, which
+        write to the residual stream, are narrowed by sqrt(2 layers) (GPT-2, section 2.3), so that
+        its variance does not grow with depth. On the meta device nothing is drawn.
         """
         for path, module in self.named_modules():
             own = dict(module.named_parameters(recurse=False))

@@ -15,9 +15,7 @@ from .routing import Router, Routing
 
 class RecordedRoutings(Mapping[int, Routing]):
     """{layer number: Routing}; the tokens of all forwards so far, in the order they were routed.
-
-    `routers` is {layer number: the module that routed}.
-    """
+    `routers` is {layer number: the module that routed}."""
 
     def __init__(self) -> None:
         self.routers: dict[int, Router] = {}

@@ -30,7 +30,8 @@ def held_out_report(model: Transformer, tokens_N: Tensor, num_bytes: int) -> dic
             for layer, load in loads.items()
         },
     }
-    if model.mtp:
+    routed_alone = not any(getattr(m, "sees_other_tokens", False) for m in model.modules())
+    if model.mtp and routed_alone:
         drafted, accepted = draft_acceptance(model, tokens_N)
         report |= {"drafted": drafted, "accepted": accepted}
         report["draft_acceptance"] = round(accepted / max(1, drafted), 4)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoints import load_model, load_tokenizer, read_config
+from checkpoints import load_model, load_tokenizer, plan_checkpoint, read_config
 from modeling import Transformer, mtp_loss, next_token_loss
 from moe import (
     expert_load,
@@ -117,6 +117,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of matrix products; bfloat16 pays where the processor has instructions for it",
     )
     add("--device", default="cpu", help="any device torch knows: cpu, cuda, mps ...")
+    add(
+        "--to",
+        choices=("abacus",),
+        help="write the trained model in our own format (default: as the family publishes it)",
+    )
     add("--save-every", type=int, default=250, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 
@@ -166,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 log.flush()
                 save_checkpoint(args.out, step + 1, model, optimizer, settings, schedule)
-    final = write_model(args.out, model, stored_dtypes, args.start_from)
+    final = write_model(args.out, model, stored_dtypes, args.start_from, args.to)
     written = load_model(final, device, torch.float32, progress=False)
     report = {"steps": args.steps, "tokens": args.steps * args.batch_size * args.sequence_length}
     report |= held_out_report(written, held_out_N, len(held_out_text.encode()))
@@ -192,6 +197,7 @@ def prepared(
             raise ValueError("--only-mtp: there are no MTP modules; give a --config that has some")
         model.requires_grad_(False).mtp.requires_grad_(True)
     depth_weights(args, len(model.mtp))
+    plan_checkpoint(model, to=args.to)  # what could not be saved is refused before it is trained
     return model.to(device), stored_dtypes
 
 
@@ -314,7 +320,7 @@ def make_optimizer(model: Transformer, weight_decay: float) -> torch.optim.AdamW
 
 def comparable(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that two halves of one run must share."""
-    free = ("out", "resume", "command", "save_every", "steps", "decay_steps", "run")
+    free = ("out", "to", "resume", "command", "save_every", "steps", "decay_steps", "run")
     shared = {name: value for name, value in vars(args).items() if name not in free}
     return {
         name: str(value) if isinstance(value, Path) else value for name, value in shared.items()

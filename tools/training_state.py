@@ -141,18 +141,23 @@ def take_over(model: Transformer, there: Transformer, start: Path) -> dict[str, 
 
 
 def write_model(
-    out: Path, model: Transformer, dtypes: Mapping[str, torch.dtype], start: Path | None
+    out: Path,
+    model: Transformer,
+    dtypes: Mapping[str, torch.dtype],
+    start: Path | None,
+    to: str | None,
 ) -> Path:
-    """The trained model in its family's published layout, with its tokenizer.
+    """The trained model with its tokenizer.
 
-    dtypes: those that parameters are stored in; bfloat16 where nothing is said.
+    dtypes: those that parameters are stored in; bfloat16 where nothing is said. to: as of
+    `save_model`.
     """
     final, fresh = out / "model", out / "model.new"
     shutil.rmtree(fresh, ignore_errors=True)
     stored = copy.deepcopy(model)
     for name, parameter in stored.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, torch.bfloat16))
-    save_model(stored, fresh)
+    save_model(stored, fresh, to=to)
     ours = [out / name for name in ("tokenizer.model", "tokenizer_config.json")]
     for file in ours if start is None else companions(start):
         shutil.copy(file, fresh)

@@ -90,15 +90,18 @@ def build(data: Mapping[str, Any], where: str, known: Mapping[str, type], **more
     """The config that an object describes; `more`: fields that no file says."""
     kind = known.get(name) if isinstance(name := data.get("class"), str) else None
     if kind is None:
-        near = " or ".join(get_close_matches(str(name), known))
-        hint = f"did you mean {near}?" if near else "load_model(..., classes=[...]) names others"
-        raise ConfigError(f"{where}.class = {name!r} is no config of this package; {hint}")
-    wanted = {field.name for field in said(kind)}
-    for key in sorted(wanted - data.keys()):
-        raise ConfigError(f"{where}.{key} is missing: every field of a {name} is written down")
-    for key in sorted(data.keys() - wanted - {"class"}):
-        own = ", ".join(sorted(wanted))
-        raise ConfigError(f"{where}.{key} is no field of a {name}, which has {own}")
+        near = " or ".join(get_close_matches(str(name), known, cutoff=0.8))
+        hint = f"did you mean {near}? " if near else ""
+        others = "load_model(..., classes=[...]) names those from outside"
+        raise ConfigError(f"{where}.class = {name!r} is no config of this package; {hint}{others}")
+    wanted = [field.name for field in said(kind)]
+    for key in wanted:
+        if key not in data:
+            raise ConfigError(f"{where}.{key} is missing: every field of a {name} is written down")
+    for key in data:
+        if key not in ("class", *wanted):
+            own = ", ".join(wanted)
+            raise ConfigError(f"{where}.{key} is no field of a {name}, which has {own}")
     values = {key: built(data[key], f"{where}.{key}", known) for key in wanted}
     try:
         config = kind(**values, **more)

@@ -169,7 +169,7 @@ PLANTED = {
     "a class of another kind": (
         *DENSE,
         {"class": "RopeConfig"},
-        "feed_forward.amplitude is missing",
+        "feed_forward.theta is missing",
     ),
     "missing field": (*ATTENTION, {"kv_rank": REMOVED}, r"attention.kv_rank is missing: every"),
     "missing field with a default": (*MOE, {"clamp": REMOVED}, "feed_forward.clamp is missing"),
