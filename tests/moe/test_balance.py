@@ -158,3 +158,77 @@ def test_repeated_bias_updates_bring_a_skewed_router_to_its_fair_share(scoring):
         bias_E = updated_selection_bias(bias_E, load_E, rate=0.001)
     load_E = expert_load(config.route(logits_NE, bias_E))
     assert (load_E - 1).abs().max() < 0.05
+
+
+@st.composite
+def padded_routings(draw):
+    """(routing, the same of real tokens alone by sequence, mask_N): with empty slots."""
+    routing, sequences = draw(routings())
+    N, E = routing.scores_NE.shape
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    mask_N = torch.rand(N, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    empty_NK = torch.rand(routing.experts_NK.shape, generator=generator) < draw(
+        st.sampled_from([0.0, 0.4])
+    )
+    routing = Routing(
+        routing.weights_NK.masked_fill(empty_NK, 0),
+        routing.experts_NK.masked_fill(empty_NK, E),
+        routing.scores_NE,
+        routing.logits_NE,
+    )
+    return routing, sequences, mask_N
+
+
+def kept(routing, mask_N):
+    return Routing(*(tensor[mask_N] for tensor in vars(routing).values()))
+
+
+def plain_load(routing):
+    """Of each expert, how many slots hold it, by the mean over the experts; empty slots apart."""
+    E = routing.scores_NE.shape[1]
+    flat = [e for e in routing.experts_NK.flatten().tolist() if e < E]
+    return [flat.count(e) * E / max(1, len(flat)) for e in range(E)]
+
+
+@given(padded_routings())
+@quick
+def test_loads_count_real_tokens_and_filled_slots_alone(case):
+    routing, _, mask_N = case
+    load_E = expert_load(routing, mask_N)
+    assert load_E.tolist() == pytest.approx(plain_load(kept(routing, mask_N)), rel=1e-6)
+    assert expert_load(routing).tolist() == pytest.approx(plain_load(routing), rel=1e-6)
+
+
+@given(padded_routings())
+@quick
+def test_losses_are_those_of_the_real_tokens_of_each_sequence(case):
+    routing, sequences, mask_N = case
+    T = len(mask_N) // sequences
+    parts = [slice(b * T, (b + 1) * T) for b in range(sequences)]
+    alone = [kept(kept(routing, part), mask_N[part]) for part in parts]
+    expected = 0.0
+    for part in alone:
+        scores = part.scores_NE / part.scores_NE.sum(dim=1, keepdim=True)
+        means = scores.mean(dim=0).tolist() if len(scores) else [0.0] * scores.shape[1]
+        expected += sum(f * p for f, p in zip(plain_load(part), means, strict=True)) / sequences
+    assert sequence_balance_loss(routing, sequences, mask_N).item() == pytest.approx(expected)
+    whole, real = sequence_balance_loss(routing, 1), kept(routing, mask_N)
+    assert expert_balance_loss(routing).item() == pytest.approx(whole.item())
+    if mask_N.any():
+        loss = expert_balance_loss(routing, mask_N).item()
+        assert loss == pytest.approx(expert_balance_loss(real).item())
+        loss = router_z_loss(routing, mask_N).item()
+        assert loss == pytest.approx(router_z_loss(real).item())
+    else:
+        assert expert_balance_loss(routing, mask_N) == router_z_loss(routing, mask_N) == 0
+
+
+def test_padding_that_is_no_number_shows_in_nothing():
+    routing, mask_N = make_routing([[0.2, 0.8], [float("nan")] * 2], [[0], [1]]), [True, False]
+    mask_N = torch.tensor(mask_N)
+    for value in (
+        expert_load(routing, mask_N),
+        expert_balance_loss(routing, mask_N),
+        router_z_loss(routing, mask_N),
+    ):
+        assert value.isfinite().all()

@@ -280,3 +280,72 @@ def test_experts_run_the_twin_that_the_rule_picks(dtype, twin, monkeypatch):
         monkeypatch.setattr(moe.experts, name, lambda *inputs, name=name: ran.append(name))
     experts(x_ND, routing)
     assert ran == [twin]
+
+
+@st.composite
+def with_empty_slots(draw):
+    """Inputs of the twins of which some slots, a token's all among them, hold no expert."""
+    case = draw(sizes(widths=[4, 8]))
+    x_ND, weights_NK, experts_NK, *stacks = make_inputs(**case)
+    E, generator = case["E"], torch.Generator().manual_seed(case["seed"] + 1)
+    share = draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
+    empty_NK = torch.rand(experts_NK.shape, generator=generator) < share
+    experts_NK, weights_NK = (
+        experts_NK.masked_fill(empty_NK, E),
+        weights_NK.masked_fill(empty_NK, 0),
+    )
+    return x_ND, weights_NK, experts_NK, *stacks
+
+
+def leave_memory_full_of_nan():
+    """What is then left unwritten in new tensors is NaN, as far as memory is handed out again."""
+    del [torch.full((64, 8), float("nan")) for _ in range(50)][:]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@given(case=with_empty_slots(), clamp=clamps)
+@quick
+def test_an_empty_slot_computes_nothing_and_adds_nothing_in_either_twin(biased, case, clamp):
+    x_ND, weights_NK, experts_NK, *stacks = case
+    E, biases = len(stacks[0]), make_biases(biased, stacks[0])
+    expected = [torch.zeros(x_ND.shape[1]) for _ in x_ND]
+    for n, (experts, weights) in enumerate(zip(experts_NK, weights_NK, strict=True)):
+        kept = experts < E
+        if kept.any():
+            row = x_ND[n : n + 1], weights[kept][None], experts[kept][None]
+            expected[n] = experts_loop(*row, *stacks, biases, activation(clamp))[0]
+    for twin in TWINS:
+        leave_memory_full_of_nan()
+        y_ND = twin(x_ND, weights_NK, experts_NK, *stacks, biases, activation(clamp))
+        assert y_ND.shape == x_ND.shape
+        for y_D, wanted_D in zip(y_ND, expected, strict=True):
+            torch.testing.assert_close(y_D, wanted_D, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@given(case=with_empty_slots())
+@quick
+def test_with_empty_slots_the_twins_have_the_same_gradients_and_none_is_nan(biased, case):
+    found = []
+    for twin in TWINS:
+        tensors = [t.clone().requires_grad_(t.is_floating_point()) for t in case]
+        biases = Biases(
+            *(b.requires_grad_() for b in make_biases(biased, case[3]) if b is not None)
+        )
+        leave_memory_full_of_nan()
+        twin(*tensors, biases).square().sum().backward()
+        leaves = [t for t in (*tensors, *biases) if t is not None and t.requires_grad]
+        found.append([torch.zeros_like(t) if t.grad is None else t.grad for t in leaves])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_an_infinite_input_of_a_token_without_experts_shows_in_no_other_token():
+    """What comes out of an empty slot is replaced: 0 times infinity would be NaN."""
+    x_ND, weights_NK, experts_NK, *stacks = make_inputs(N=4, E=3, K=2)
+    x_ND[1], experts_NK[1], weights_NK[1] = float("inf"), 3, 0
+    for twin in TWINS:
+        y_ND = twin(x_ND, weights_NK, experts_NK, *stacks)
+        assert y_ND.isfinite().all()
+        assert not y_ND[1].any()

@@ -1,9 +1,12 @@
 """Recording: every sparse layer's routing, in order, and nothing left behind."""
 
+import copy
+
 import pytest
 import torch
 from tiny import sparse
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from moe import MoE, Routing, record_routing, routers
 
@@ -134,3 +137,114 @@ def test_nested_recordings_each_hold_the_forwards_of_their_own_block(model):
         model(make_x(1, 4))
     assert len(outer[1].experts_NK) == 7
     assert len(inner[1].experts_NK) == 2
+
+
+class Saved(nn.Module):
+    """A wrapper that keeps the old router beside the one it runs, as peft does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.original, self.copies = module, nn.ModuleDict({"mine": copy.deepcopy(module)})
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.copies["mine"], name)
+
+    def forward(self, x_ND):
+        return self.copies["mine"](x_ND)
+
+
+def test_what_runs_is_recorded_once_wrapped_or_nested(model):
+    x_BTD = make_x(2, 3)
+    with record_routing(model) as plain:
+        model(x_BTD)
+    wrapped = copy.deepcopy(model)
+    for i in (1, 2):
+        wrapped.layers[i]["feed_forward"].router = Saved(
+            Saved(wrapped.layers[i]["feed_forward"].router)
+        )
+    with record_routing(wrapped) as routings:
+        wrapped(x_BTD)
+    assert routings.keys() == plain.keys()
+    for layer, routing in plain.items():
+        assert_same(routings[layer], routing)
+        assert (
+            routings.routers[layer]
+            is wrapped.layers[layer]["feed_forward"].router.copies["mine"].copies["mine"]
+        )
+
+
+def test_a_model_that_numbers_its_layers_is_asked_wherever_it_stands(model):
+    class Numbered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = model.layers
+
+        @property
+        def numbered_layers(self):
+            return {10 + i: layer for i, layer in enumerate(self.stack)}
+
+        forward = Model.forward
+        layers = property(lambda self: self.stack)
+
+    nested = nn.Sequential(nn.Identity(), Numbered())
+    with record_routing(nested) as routings:
+        nested(make_x(1, 2))
+    assert list(routings) == list(routers(nested)) == [11, 12]
+
+
+def test_two_models_at_once_are_told_apart_by_an_error(model):
+    both = nn.ModuleDict({"student": model, "teacher": copy.deepcopy(model)})
+    with record_routing(both):
+        both["student"](make_x(1, 2))
+        with pytest.raises(ValueError, match="two routers have routed in layer 1"):
+            both["teacher"](make_x(1, 2))
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_under_activation_checkpointing_every_token_counts_once(model, forwards):
+    def recorded(run):
+        with record_routing(model) as routings:
+            outputs = [run(make_x(2, 3, seed)) for seed in range(forwards)]
+            balance = sum(routing.scores_NE.square().sum() for routing in routings.values())
+            (sum(y.square().sum() for y in outputs) + balance).backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        return routings, gradients
+
+    plain, expected = recorded(model)
+    checkpointed, found = recorded(lambda x: checkpoint(model, x, use_reentrant=False))
+    for layer, routing in plain.items():
+        assert_same(checkpointed[layer], routing)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_under_reentrant_checkpointing_it_says_that_there_is_no_gradient(model):
+    x_BTD = make_x(2, 3).requires_grad_(True)
+    with record_routing(model) as routings:
+        y_BTD = checkpoint(model, x_BTD, use_reentrant=True)
+        with pytest.warns(UserWarning, match="have no gradient: checkpoint with use_ree"):
+            y_BTD.sum().backward()
+    assert {layer: len(routing.experts_NK) for layer, routing in routings.items()} == {1: 6, 2: 6}
+
+
+def test_a_compiled_model_is_recorded_too_and_stays_compiled(model):
+    torch._dynamo.reset()
+    x_BTD, graphs = make_x(2, 3), []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(1) or graph)
+    compiled(x_BTD)
+    with record_routing(model) as plain:
+        model(x_BTD)
+    for watched in (model, compiled):
+        with record_routing(watched) as routings:
+            compiled(x_BTD)
+            compiled(x_BTD)
+        assert list(routings) == [1, 2]
+        assert len(routings[1].experts_NK) == 12
+        torch.testing.assert_close(routings[1].logits_NE[:6], plain[1].logits_NE)
+    before = len(graphs)
+    compiled(x_BTD)
+    assert len(graphs) == before
