@@ -107,13 +107,16 @@ class Fields:
         default: float | None = None,
         at_least: float = -sys.float_info.max,
         above: float = -math.inf,
+        at_most: float = sys.float_info.max,
     ) -> float:
         key, value = self.find(keys, default)
         real = isinstance(value, int | float) and not isinstance(value, bool)
-        limits = {" >= 0": at_least == 0, " > 0": above == 0}
-        expected = "a finite number" + "".join(rule for rule, holds in limits.items() if holds)
-        finite = real and at_least <= value <= sys.float_info.max and value > above
-        self.check(finite, key, value, expected)
+        limits = [
+            f"{sign} {bound:g}" for sign, bound in ((">=", at_least), (">", above)) if bound > -1
+        ]
+        limits += [f"<= {at_most:g}"] if at_most < sys.float_info.max else []
+        expected = " ".join(["a finite number", " and ".join(limits)]).strip()
+        self.check(real and above < value and at_least <= value <= at_most, key, value, expected)
         return self.give(NamedFloat, key, float(value))
 
     def flag(self, *keys: str, default: bool | None = None) -> bool:
@@ -135,7 +138,7 @@ class Fields:
             isinstance(v, int) and not isinstance(v, bool) and v >= at_least for v in value
         )
         self.check(whole, key, value, f"a list of whole numbers >= {at_least}")
-        return tuple(value)
+        return tuple(self.give(NamedInt, f"{key}[{i}]", number) for i, number in enumerate(value))
 
     def per_layer(self, num_layers: int, *keys: str, default: int | None = None) -> list[int]:
         """A whole number for every layer: one for all, or a list of at least so many."""
@@ -178,6 +181,7 @@ class Fields:
         return sorted(set(self.raw) - self.asked)
 
     def give(self, kind: type, key: str, value: Any) -> Any:
+        """A number with the key that it was read from, or the keys that it was computed from."""
         if not self.named:
             return value
         named = kind(value)

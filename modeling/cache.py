@@ -1,10 +1,10 @@
-"""What attention remembers of earlier tokens: tensors that are handed in and can be cut back.
+"""What attention keeps of earlier tokens: tensors that it is given and that can be cut back.
 
-A row of a batch has its own length, so rows of unequal prompts, and rows that accept unequal
-numbers of drafted tokens, share one cache: an append says how many of the new tokens are real in
-each row, and a row can be cut back afterwards.
+Each row of a batch has its own length, so prompts of unequal lengths and rows that accept unequal
+numbers of drafts share one cache: an append says how many of the new tokens are real in each row,
+and each row can be cut back afterwards.
 
-The contract of what one layer keeps stands here; the kinds are in `attention/caches.py`.
+The contract of one layer's cache stands here; the kinds are in `attention/caches.py`.
 """
 
 import copy
@@ -18,15 +18,15 @@ Shape = tuple[int, ...]  # of one row
 
 
 class LayerCache:
-    """The contract of what one layer keeps, and what all kinds do alike.
+    """The contract of one layer's cache, and what all kinds have in common.
 
-    tensors     everything that is kept, the row first: bytes and copies go over them. They get
-                dtype and device from what is appended.
-    lengths     how many positions each row holds; whoever appends advances them, by the counts
-    rollback    by how many positions a row can be cut back at any time (to 0 it always can)
+    tensors     everything that is kept, its first axis the row: bytes are counted and copies made
+                over them. They take dtype and device of what is appended.
+    lengths     how many positions each row holds; `append`, of each kind, advances them by counts
+    rollback    by how many positions a row can be cut back at any time; cutting to 0 always works
     floors      the lengths below which a row cannot be cut back, except to 0
 
-    Tokens beyond a row's count are padding and leave no trace, whatever they hold.
+    New tokens after a row's count are padding and leave no trace, whatever they hold.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class LayerCache:
         self.tensors: list[Tensor] = []
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Make the tensors now and not with the first append, which may still change their dtype.
+        """Make the tensors now, so that bytes can be counted; an append may change their dtype.
 
-        Zeros: what is never attended to must be finite all the same.
+        They begin as zeros: even entries that nothing attends to must be finite.
         """
         self.tensors = [torch.zeros(shape, dtype=dtype, device=device) for shape in self.shapes]
 
     def fit(self, new: Tensor) -> None:
-        """Have the tensors in the dtype of what is appended, or in one that holds both."""
+        """Cast the tensors to the dtype of what is appended, or to one that holds both."""
         if not any(self.lengths) and (not self.tensors or self.tensors[-1].dtype != new.dtype):
             self.allocate(new.dtype, new.device)
         wide = torch.promote_types(self.tensors[-1].dtype, new.dtype)
@@ -62,16 +62,16 @@ class LayerCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """What one more position in a row takes: nothing where the size is fixed from the start."""
+        """Bytes that one more position of a row takes: 0 for a kind of fixed size."""
         return 0
 
     @property
     def constant_bytes(self) -> int:
-        """What a row takes however long it is."""
+        """Bytes that a row takes at any length."""
         return self.nbytes // len(self.lengths) - self.bytes_per_token * self.max_length
 
     def lengths_after(self, counts: Sequence[int]) -> list[int]:
-        """The lengths after an append of so many; an error if they do not fit."""
+        """The lengths after an append of these counts; ValueError if they do not fit."""
         ends = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         if max(ends) > self.max_length:
             raise ValueError(
@@ -95,14 +95,14 @@ class LayerCache:
                 )
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget what lies behind `lengths[row]` in each row."""
+        """Keep the first `lengths[row]` positions of each row."""
         self.check_truncation(lengths)
         self.lengths = list(lengths)
         pairs = zip(self.floors, lengths, strict=True)
         self.floors = [floor if length else 0 for floor, length in pairs]
 
     def spread(self, lengths: Sequence[int]) -> Self:
-        """A cache of its own with a row for each of `lengths`: the beginning of this one's row."""
+        """A copy with rows of these lengths: each holds the first positions of the only row."""
         (held,), (floor,), rows = self.lengths, self.floors, len(lengths)
         spread = copy.copy(self)
         spread.tensors = [tensor.repeat_interleave(rows, dim=0) for tensor in self.tensors]
@@ -143,12 +143,12 @@ class Cache:
 
     @property
     def bytes_per_token(self) -> int:
-        """What one more position in a row takes."""
+        """Bytes that one more position of a row takes."""
         return sum(layer.bytes_per_token for layer in self.layers)
 
     @property
     def constant_bytes(self) -> int:
-        """What a row takes however long it is: windows, states."""
+        """Bytes that a row takes at any length: windows, states."""
         return sum(layer.constant_bytes for layer in self.layers)
 
     def truncate(self, length: int | Sequence[int]) -> None:

@@ -1,7 +1,7 @@
 """What a whole model is, as data: a tuple of layer descriptions plus what surrounds them.
 
-A layer's attention and feed-forward are configs that build their modules; the contracts of both
-stand here, and a kind from outside the package that fulfils one takes part like ours.
+A layer's attention and feed-forward are configs that build their modules. The contracts of both
+stand here; a kind from outside the package that fulfils one takes part like ours.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ from .step import Step
 class Attention(Protocol):
     """What a `Block` asks of its attention, an `nn.Module`.
 
-    A query sees its own position and earlier ones. T may be 0, and a row may have no new token;
-    what `step.counts` calls padding leaves no trace in the cache or in other positions. Fed whole,
-    in pieces or token by token, a text gives the same. The module calls its submodules and reads
-    no weight around them, so that an adapter or a hook acts in every path.
+    A query sees its own position and earlier ones. T may be 0, and a row may have no new token.
+    Padding, by `step.counts`, leaves no trace in the cache or in other positions. A text fed
+    whole, in pieces or token by token gives the same outputs. The module calls its submodules and
+    never reads their weights, so that an adapter or a hook acts in every path.
     """
 
     def __call__(self, x_BTD: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
@@ -45,7 +45,7 @@ class FeedForwardConfig(Protocol):
     """A kind of feed-forward layer: `DenseConfig`, `MoEConfig`, or anybody's frozen dataclass."""
 
     def build(self, d_model: int) -> nn.Module:
-        """A module (B, T, D) -> (B, T, D), its weights drawn, to which positions are alike."""
+        """A module (B, T, D) -> (B, T, D), its weights drawn, that treats all positions alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,31 +54,31 @@ class LayerConfig(Config):
 
     attention: AttentionConfig
     feed_forward: FeedForwardConfig
-    norm_before: bool = True  # what each of the two reads is normalised
-    norm_after: bool = False  # what each of the two returns is normalised
-    residual_multiplier: Positive = 1.0  # of what each of the two adds
+    norm_before: bool = True  # a norm on the input of each of the two
+    norm_after: bool = False  # a norm on the output of each of the two
+    residual_multiplier: Positive = 1.0  # of both outputs, before they are added
 
 
 @dataclass(frozen=True, kw_only=True)
 class MTPConfig(Config):
     """Multi-token-prediction modules (DeepSeek-V3, section 2.2) and how they are wired.
 
-    Nothing published says how, and implementations disagree. The defaults are what transformers
-    5.23 computes (`MtpModel`); `python -m tools probe-mtp` measures what weights were trained with.
+    No publication says how, and implementations disagree. The defaults are those of transformers
+    5.23 (`MtpModel`); `python -m tools probe-mtp` measures which wiring fits given weights.
     """
 
     blocks: tuple[LayerConfig, ...] = ()  # of each module, in the order of their depths
-    # The main model's state that the first module reads: after the norm before the head (also
-    # Megatron-LM, vLLM, SGLang), or before it: "raw" (torchtitan).
+    # Which state of the main model the first module reads: "normed", after the final norm (also
+    # Megatron-LM, vLLM, SGLang), or "raw", before it (torchtitan).
     input: Annotated[str, one_of(("normed", "raw"))] = "normed"
-    # What the draft after next is made from: the module's own state after the norm before the head
-    # (also Megatron-LM, torchtitan, SGLang, newer vLLM), before it: "raw" (vLLM up to 2026), or
-    # what the first module read, held fixed: "main" (AMD's reference code).
+    # Which state the next depth reads: this module's own, "normed" by the norm before the head
+    # (also Megatron-LM, torchtitan, SGLang, newer vLLM) or "raw" (vLLM up to 2026), or "main", the
+    # state that the first module read, at every depth (AMD's reference code).
     carry: Annotated[str, one_of(("normed", "raw", "main"))] = "normed"
-    # What stands first in what the projection reads: the embedding (every public implementation for
-    # the weights of DeepSeek and GLM), or the state (as the paper prints it; MiMo, Inkling).
+    # Which half of the projection's input comes first: the embedding (every public implementation
+    # for the weights of DeepSeek and GLM), or the state (as the paper prints it; MiMo, Inkling).
     first: Annotated[str, one_of(("embedding", "state"))] = "embedding"
-    # Whose norm stands before the head.
+    # Which norm stands before the head: the module's own, the main model's, or none.
     final_norm: Annotated[str, one_of(("own", "main", "none"))] = "own"
     own_embedding: bool = False  # else the main model's
     own_head: bool = False  # else the main model's
@@ -88,8 +88,8 @@ class MTPConfig(Config):
 class ModelConfig(Config):
     """A decoder-only language model.
 
-    `published` is the config.json that the description was read from. The saver writes it back in
-    its own spelling; nothing else looks inside.
+    `published` is the config.json that the config was read from. Saving writes it back as it was
+    spelled; nothing else looks inside.
     """
 
     vocab_size: Count

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .linear import plain_weight
 
-AT_ONCE = 512  # positions
+PIECE = 512  # targets whose logits exist at once
 
 
 def next_token_loss(
@@ -28,19 +28,19 @@ def next_token_loss(
     """Mean cross-entropy in nats when position i predicts token i + `ahead`.
 
     states_BtD: of `Transformer.hidden_states`, or of an MTP depth, which has fewer positions than
-    there are tokens; positions whose target lies behind the last token are left out.
+    there are tokens; positions whose target lies after the last token are left out.
     head: `Transformer.head`, or whatever took its place; a (V, D) weight stands for the plain one.
-    mask_BT: True where a token counts as a target. documents_BT: the number of the document that
-    a token belongs to; no position then answers for a token of another one. Without any target
-    left the loss is zero. The result has the dtype of the states. The logits of all positions never
-    exist together.
+    mask_BT: True where a token counts as a target. documents_BT: the number of each token's
+    document; a target then counts only at positions of its own document.
+    Returns 0 if no target counts. The result has the dtype of the states. The logits of all
+    positions never exist together.
     """
     target_Bt = tokens_BT[:, ahead:]
     states_BtD = states_BtD[:, : target_Bt.shape[1]]
     if mask_BT is None and documents_BT is None:
         states_nD, target_n = states_BtD.flatten(0, 1), target_Bt.flatten()
     else:
-        counted_Bt = which_count(target_Bt, ahead, mask_BT, documents_BT)
+        counted_Bt = mask_targets(target_Bt, ahead, mask_BT, documents_BT)
         states_nD, target_n = states_BtD[counted_Bt], target_Bt[counted_Bt]
     if len(target_n) == 0:
         return states_nD.sum()
@@ -55,20 +55,20 @@ def next_token_loss(
 
 
 def loss_in_pieces(states_nD: Tensor, head: nn.Module, target_n: Tensor) -> Tensor:
-    """The mean cross-entropy of a head that is called; its logits are made again for gradients."""
+    """Mean cross-entropy with a called head; the backward computes each piece's logits again."""
 
     def summed_loss(states_nD: Tensor, target_n: Tensor) -> Tensor:
         logits_nV = head(states_nD)
         wide_dtype = torch.promote_types(logits_nV.dtype, torch.float32)
         return F.cross_entropy(logits_nV.to(wide_dtype), target_n, reduction="sum")
 
-    remade = partial(checkpoint, summed_loss, use_reentrant=False)
-    pieces = zip(states_nD.split(AT_ONCE), target_n.split(AT_ONCE), strict=True)
-    total = torch.stack([remade(*piece) for piece in pieces]).sum()
+    sum_of_piece = partial(checkpoint, summed_loss, use_reentrant=False)
+    pieces = zip(states_nD.split(PIECE), target_n.split(PIECE), strict=True)
+    total = torch.stack([sum_of_piece(*piece) for piece in pieces]).sum()
     return (total / len(target_n)).to(states_nD.dtype)
 
 
-def which_count(
+def mask_targets(
     target_Bt: Tensor, ahead: int, mask_BT: Tensor | None, documents_BT: Tensor | None
 ) -> Tensor:
     """Which targets count, (B, t), as `next_token_loss` says."""

@@ -21,7 +21,7 @@ from .step import Step
 
 
 class States(NamedTuple):
-    """What the last block leaves at every position, before and after the norm before the head."""
+    """The last block's output at every position, before and after the norm before the head."""
 
     raw_BTD: Tensor
     normed_BTD: Tensor
@@ -117,13 +117,13 @@ class Transformer(nn.Module):
         if cache is not None and len(lengths) != len(tokens_BT):
             raise ValueError(f"{len(tokens_BT)} rows of tokens for a cache of {len(lengths)}")
         x_BTD = self.embed(tokens_BT) * self.config.embedding_multiplier
-        step = Step.behind(lengths, tokens_BT, counts)
+        step = Step.after(lengths, tokens_BT, counts)
         for i, layer in enumerate(self.layers):
             x_BTD = layer(x_BTD, step, None if cache is None else cache.layers[i])
         return self.norm_states(x_BTD, self.norm)
 
     def norm_states(self, x_BTD: Tensor, norm: nn.Module) -> States:
-        """What a last block leaves, with what the head reads of it."""
+        """A last block's output, and what the head reads of it."""
         # the head is linear: what scales its input scales the logits, in the loss as well
         return States(x_BTD, norm(x_BTD) * self.config.logits_multiplier)
 
@@ -136,18 +136,18 @@ class Transformer(nn.Module):
     def make_cache(self, batch_size: int, max_length: int, rollback: int = 0) -> Cache:
         """An empty cache for the main layers.
 
-        rollback: how many positions it can be truncated by, at any time; layers that keep every
-        entry can be truncated to any length.
+        rollback: by how many positions it can be cut back at any time; layers that keep
+        every entry can be truncated to any length.
         """
         return Cache(self.make_caches(self.layers, batch_size, max_length, rollback))
 
     def make_mtp_caches(self, *sizes: int) -> list[LayerCache]:
-        """An empty cache for each MTP module; sizes as of `make_cache`."""
+        """An empty cache for each MTP module; `sizes` are the arguments of `make_cache`."""
         return self.make_caches([module.block for module in self.mtp_modules], *sizes)
 
     def make_caches(self, blocks: Iterable[nn.Module], *sizes: int) -> list[LayerCache]:
         caches = [cast(Block, block).attention.make_cache(*sizes) for block in blocks]
-        for cache in caches:  # so that bytes can be asked for; the first append may find otherwise
+        for cache in caches:  # so that bytes can be counted before anything is appended
             cache.allocate(self.dtype, self.device)
         return caches
 
@@ -157,12 +157,12 @@ class Transformer(nn.Module):
         return list(map(self.logits, depths, self.mtp_modules))
 
     def mtp_hidden_states(self, states: States, tokens_BT: Tensor) -> list[Tensor]:
-        """What the head reads at each depth k, (B, T - k, D), after `hidden_states` of the text."""
+        """What the head reads at each depth k, (B, T - k, D); states: of `hidden_states`."""
         depths, read_BtD = [], first_state(self.config.mtp, states)
         for k, module in enumerate(self.mtp_modules, start=1):
             next_Bt = tokens_BT[:, k:]
             read_BtD = read_BtD[:, : next_Bt.shape[1]]
-            made = self.mtp_step(module, read_BtD, Step.behind([0], next_Bt), None)
+            made = self.mtp_step(module, read_BtD, Step.after([0], next_Bt), None)
             depths.append(made.normed_BTD)
             read_BtD = next_state(self.config.mtp, read_BtD, made)
         return depths
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
     def mtp_step(
         self, module: MTPModule, state_BTD: Tensor, step: Step, cache: LayerCache | None
     ) -> States:
-        """One module on states and the step's tokens, which it embeds beside them."""
+        """One module on states and the tokens of the step, which are embedded for it."""
         embedding_BTD = (module.embed or self.embed)(step.tokens_BT)
         embedding_BTD = embedding_BTD * self.config.embedding_multiplier
         x_BTD = module(state_BTD, embedding_BTD, step, cache)
@@ -183,12 +183,12 @@ class Transformer(nn.Module):
 
     @property
     def mtp_heads(self) -> list[nn.Module]:
-        """The head that each depth is read with."""
+        """The head of each depth."""
         return [module.head or self.head for module in self.mtp_modules]
 
     @property
     def numbered_layers(self) -> Mapping[int, nn.Module]:
-        """Every layer by its number, MTP modules counted on from the main ones."""
+        """Every layer by its number; MTP modules follow the main layers."""
         return dict(enumerate([*self.layers, *self.mtp.values()]))
 
     @property
@@ -215,7 +215,7 @@ class Transformer(nn.Module):
             )
 
     def initialize(self, std: float, seed: int) -> None:
-        """`reset_parameters` from a seed of its own, which leaves torch's generator as it was."""
+        """`reset_parameters` from a seed; torch's own generator stays as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.reset_parameters(std)
@@ -232,13 +232,15 @@ class Transformer(nn.Module):
         for path, module in self.named_modules():
             own = dict(module.named_parameters(recurse=False))
             if own and not self.embed.weight.is_meta:
-                draw_own(path, module, own, std)
+                draw_parameters(path, module, own, std)
         for module in self.modules():
             for name in getattr(module, "residual_outputs", ()):
                 module.get_parameter(name).mul_((2 * len(self.layers)) ** -0.5)
 
 
-def draw_own(path: str, module: nn.Module, own: Mapping[str, nn.Parameter], std: float) -> None:
+def draw_parameters(
+    path: str, module: nn.Module, own: Mapping[str, nn.Parameter], std: float
+) -> None:
     """Draw the parameters that a module owns; TypeError if it does not say how they begin."""
     what, reset = f"{path}, a {type(module).__name__},", getattr(module, "reset_parameters", None)
     if reset is None or isinstance(module, Transformer):

@@ -48,12 +48,12 @@ class MTPModule(nn.Module):
 
 
 def first_state(config: MTPConfig, states: tuple[Tensor, Tensor]) -> Tensor:
-    """What the first module reads of the main model's states, which are (raw, normed)."""
+    """The main model's state, of (raw, normed), that the first module reads."""
     raw_BTD, normed_BTD = states
     return normed_BTD if config.input == "normed" else raw_BTD
 
 
 def next_state(config: MTPConfig, read_BTD: Tensor, states: tuple[Tensor, Tensor]) -> Tensor:
-    """What the next draft is made from, after a module has read `read_BTD` and made `states`."""
+    """What the next depth reads, after a module has read `read_BTD` and returned `states`."""
     raw_BTD, normed_BTD = states
     return {"normed": normed_BTD, "raw": raw_BTD, "main": read_BTD}[config.carry]

@@ -14,11 +14,11 @@ class Step:
     """One forward: made once, read by every layer, forgotten with it.
 
     positions_BT  where each new token stands in its row
-    counts        how many of the T tokens of each row are real, the rest on the right being
-                  padding; None: all
-    tokens_BT     the ids of the new tokens; None where there are none, as in a test of one layer
-    shared        what a layer hands to later ones of the same forward, by a name that they agree
-                  on: rope tables, or a selection of positions
+    counts        how many of the T tokens of each row are real; the others, on its right, are
+                  padding. None: all are real
+    tokens_BT     the ids of the new tokens; None in a test of one layer, which has no ids
+    shared        results that a layer leaves for later ones of the same forward, by a key that
+                  they agree on: rope tables, or a selection of positions
     """
 
     def __init__(
@@ -31,17 +31,17 @@ class Step:
         self.shared: dict[Hashable, Any] = {}
 
     @classmethod
-    def behind(
+    def after(
         cls, lengths: Sequence[int], tokens_BT: Tensor, counts: Sequence[int] | None = None
     ) -> "Step":
-        """The step of new tokens that continue rows of these lengths."""
+        """The step of new tokens that follow rows of these lengths."""
         T, device = tokens_BT.shape[1], tokens_BT.device
         rows = lengths[:1] if len(set(lengths)) == 1 else lengths
         starts_B1 = torch.tensor(rows, device=device)[:, None]
         return cls(starts_B1 + torch.arange(T, device=device), counts, tokens_BT)
 
-    def real(self, num_new: int) -> Tensor | None:
-        """Which of the new tokens are real, bool (B, T); None: all."""
+    def real_mask(self, num_new: int) -> Tensor | None:
+        """True where a new token is real and no padding, bool (B, T); None: all are."""
         if self.counts is None:
             return None
         device = self.positions_BT.device

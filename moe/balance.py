@@ -1,7 +1,7 @@
 """Keeping the experts busy: losses, the loss-free bias update and statistics of a `Routing`.
 
 Every function is pure. A loss comes without its coefficient: multiply by yours. `mask_N` is True
-for the tokens that count, padding not among them; None: all count. Empty slots never do.
+for real tokens and False for padding; None: all are real. Empty slots never count.
 
 Shapes: N tokens, E experts, K slots of a token, B sequences of T tokens (N = B * T) and s slots.
 """
@@ -50,7 +50,7 @@ def sequence_balance_loss(
     """The same within each sequence, averaged over the sequences, which have equal length.
 
     DeepSeek-V3, section 2.1.2, equations 17 to 20. `num_sequences` must divide the tokens. A
-    sequence without a token that counts adds 0.
+    sequence without real tokens adds 0.
     """
     shares_NE = routing.scores_NE / routing.scores_NE.sum(dim=-1, keepdim=True)
     if mask_N is None:

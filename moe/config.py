@@ -1,7 +1,7 @@
 """Configs: data that says what a part of a model is, checks itself, and builds the part.
 
-A field's annotation is its rule. `Count` is a whole number from 1 on, `Literal["max", "sum"]` one
-of two words, `tuple[LayerConfig, ...]` what it says; a rule between fields stands in `check`.
+A field's annotation is its rule: `Count` means a whole number >= 1, `Literal["max", "sum"]` one of
+two words. A rule that several fields share stands in the method `check`.
 """
 
 import math
@@ -23,7 +23,7 @@ class Limit(NamedTuple):
 
 
 def one_of(known: Collection[str]) -> Limit:
-    """Any of these words; of a table its keys, now and when it grows."""
+    """One of these words. Of a table: one of its keys, those added later included."""
     return Limit(f"one of {', '.join(known)}", lambda value: value in known)
 
 
@@ -34,32 +34,32 @@ Positive = Annotated[float, Limit("a number > 0", lambda value: value > 0)]
 PLAIN = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
 
 
-def broken_rule(value: object, hint: Any) -> str | None:
+def find_broken_rule(value: object, hint: Any) -> str | None:
     """What `value` must be to have the type `hint`, in words; None if it is."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         limits = [limit for limit in parts[1:] if isinstance(limit, Limit)]
-        broken = broken_rule(value, parts[0])
+        broken = find_broken_rule(value, parts[0])
         if broken is None:
             return next((limit.words for limit in limits if not limit.holds(value)), None)
         return limits[0].words if limits else broken
     if origin in (Union, UnionType):
-        each = [broken_rule(value, part) for part in parts]
+        each = [find_broken_rule(value, part) for part in parts]
         return None if None in each else " or ".join(filter(None, each))
     if origin is Literal:
         return None if value in parts else f"one of {', '.join(map(str, parts))}"
     if origin is tuple and parts[1:] == (...,) and isinstance(value, tuple):
-        each = [broken_rule(element, parts[0]) for element in value]
+        each = [find_broken_rule(element, parts[0]) for element in value]
         return next((f"a tuple, each {broken}" for broken in each if broken), None)
     if hint in PLAIN:
-        return None if is_plain(value, hint) else PLAIN[hint]
+        return None if has_plain_type(value, hint) else PLAIN[hint]
     if hint is Any or isinstance(value, origin or hint):
         return None
     return "None" if hint is NoneType else f"a {getattr(hint, '__name__', hint)}"
 
 
-def is_plain(value: object, hint: type) -> bool:
-    """A bool is no number, whatever Python says, and infinities and NaN are none either."""
+def has_plain_type(value: object, hint: type) -> bool:
+    """Like `isinstance`, but a bool is no number here, nor is an infinity or NaN."""
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
     if hint is float:
@@ -67,8 +67,8 @@ def is_plain(value: object, hint: type) -> bool:
     return isinstance(value, hint)
 
 
-def name_of(value: object, own: str) -> str:
-    """The name that errors use: where a value was read from a file, the one it has there."""
+def name_in_errors(value: object, own: str) -> str:
+    """How errors call a value: by its published key if it was read from a file, else by `own`."""
     return getattr(value, "published_name", own)
 
 
@@ -77,17 +77,17 @@ def check_types(config: Any) -> None:
     hints = get_type_hints(type(config), include_extras=True)
     for field in fields(config):
         value = getattr(config, field.name)
-        broken = broken_rule(value, hints[field.name])
+        broken = find_broken_rule(value, hints[field.name])
         if broken is not None:
             own = f"{type(config).__name__}.{field.name}"
-            raise ConfigError(f"{name_of(value, own)} = {value!r}: must be {broken}")
+            raise ConfigError(f"{name_in_errors(value, own)} = {value!r}: must be {broken}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A config: subclasses are frozen, keyword-only dataclasses, and most have a `build`.
 
-    A frozen dataclass that does not derive from this takes part as well; it checks itself then.
+    A frozen dataclass that does not derive from this takes part too, but has to check itself.
     """
 
     def __post_init__(self) -> None:
@@ -101,5 +101,6 @@ class Config:
         """Raise `ConfigError` unless `holds`. `rule` may name fields: "divide {num_heads}"."""
         if not holds:
             value, own = getattr(self, field), f"{type(self).__name__}.{field}"
-            others = {name: f"{name_of(v, name)} = {v!r}" for name, v in vars(self).items()}
-            raise ConfigError(f"{name_of(value, own)} = {value!r}: must {rule.format_map(others)}")
+            others = {name: f"{name_in_errors(v, name)} = {v!r}" for name, v in vars(self).items()}
+            named = f"{name_in_errors(value, own)} = {value!r}"
+            raise ConfigError(f"{named}: must {rule.format_map(others)}")

@@ -74,16 +74,16 @@ def experts_grouped(
 ) -> Tensor:
     """Compute `experts_loop`, sorted so that each expert sees one contiguous slice of rows.
 
-    Empty slots come last, and products leave their rows unwritten, NaN included, in the gradient
-    too. So they read a row of zeros behind the tokens, which takes up their gradient, and what
-    comes out of them is replaced and not multiplied away.
+    Empty slots are sorted to the end, where products leave rows unwritten: they may hold NaN, and
+    so may their gradients. So empty slots read an appended row of zeros, which absorbs their
+    gradients, and their results are replaced by 0, since 0 * NaN is NaN.
     """
     (N, K), E = experts_NK.shape, gate_EFD.shape[0]
     experts_S, order_S = experts_NK.flatten().sort(stable=True)
     every_E = torch.arange(E, device=experts_S.device)
     ends_E = torch.searchsorted(experts_S, every_E, right=True, out_int32=True)
     token_S = torch.where(experts_S < E, order_S // K, N)
-    x_SD = with_empty_row(x_ND).index_select(0, token_S)
+    x_SD = append_zero_row(x_ND).index_select(0, token_S)
     gate_SF = product_of_each(x_SD, gate_EFD, biases.gate_EF, experts_S, ends_E)
     up_SF = product_of_each(x_SD, up_EFD, biases.up_EF, experts_S, ends_E)
     hidden_SF = activation(gate_SF, up_SF)
@@ -97,11 +97,11 @@ def product_of_each(
     x_SI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, experts_S: Tensor, ends_E: Tensor
 ) -> Tensor:
     y_SO = product_of_segments(x_SI, weight_EOI, ends_E)
-    return y_SO if bias_EO is None else y_SO + with_empty_row(bias_EO)[experts_S]
+    return y_SO if bias_EO is None else y_SO + append_zero_row(bias_EO)[experts_S]
 
 
-def with_empty_row(rows: Tensor) -> Tensor:
-    """One row of zeros more, for empty slots to read."""
+def append_zero_row(rows: Tensor) -> Tensor:
+    """The rows and one of zeros, which empty slots read."""
     return F.pad(rows, (0, 0, 0, 1))
 
 

@@ -1,4 +1,4 @@
-"""Watching a model route: collect the `Routing` of every sparse layer, without touching it."""
+"""Recording: the `Routing` of every sparse layer, collected by hooks."""
 
 import sys
 import warnings
@@ -22,16 +22,14 @@ class RecordedRoutings(Mapping[int, Routing]):
         self._parts: dict[int, list[Routing]] = {}
 
     def add(self, layer: int, router: Any, inputs: tuple, output: object) -> None:
-        """Take what a module returns, as a forward hook of it."""
+        """The forward hook of every module: keep the output if it is a `Routing`."""
         parts = self._parts.get(layer, [])
         if not isinstance(output, Routing) or (parts and parts[-1] is output):
-            return  # the second is what a wrapper passes on of the router in it
+            return  # or a wrapper returns the very Routing that its router returned
         if torch._C._current_graph_task_id() != -1:  # a backward, which runs checkpointed layers
             if parts and not parts[-1].weights_NK.requires_grad:
-                told = (
-                    "recorded under reentrant activation checkpointing, routings have no gradient"
-                )
-                warnings.warn(f"{told}: checkpoint with use_reentrant=False", stacklevel=2)
+                problem = "under reentrant checkpointing, recorded routings have no gradient"
+                warnings.warn(f"{problem}: checkpoint with use_reentrant=False", stacklevel=2)
             return
         if self.routers.setdefault(layer, router) is not router:
             raise ValueError(
@@ -62,10 +60,9 @@ class NumbersLayers(Protocol):
 
 
 def layer_numbers(model: nn.Module) -> dict[nn.Module, int]:
-    """The layer that every module belongs to: as the model that holds it numbers its layers.
+    """{module: the number of its layer}. A model that has `numbered_layers` says the numbers.
 
-    In other modules it is the first number in the path, `2.router` belongs to layer 2, and 0
-    where there is none.
+    Elsewhere it is the first number in a module's path (`2.router` belongs to layer 2), else 0.
     """
     numbers = {}
     for path, module in model.named_modules():
@@ -90,9 +87,9 @@ def routers(model: nn.Module) -> dict[int, Router]:
 def record_routing(model: nn.Module) -> Iterator[RecordedRoutings]:
     """Record every `Routing` that a module of `model` returns, for the length of a `with` block.
 
-    So a router counts wherever it stands, wrapped or replaced, and one that does not run does not
-    count. Gradients flow through what is recorded. Under activation checkpointing each token
-    counts once; compiled code runs uncompiled inside the block, since it calls no hooks.
+    So a router is recorded wherever it stands, wrapped or replaced, if it runs. Gradients flow
+    through what is recorded. Under activation checkpointing each token is recorded once; compiled
+    code, which would call no hooks, runs uncompiled inside the block.
     Raises ValueError in a forward where two routers route in one layer.
     """
     recorded = RecordedRoutings()

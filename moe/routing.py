@@ -32,7 +32,7 @@ Mass = Annotated[float, Limit("a number above 0, at most 1", lambda value: 0 < v
 class Routing:
     """What a router decided for N tokens. A slot may be empty: it holds expert E, of weight 0."""
 
-    weights_NK: Tensor  # what the output of the expert in each slot is multiplied by
+    weights_NK: Tensor  # of each slot: the factor of its expert's output
     experts_NK: Tensor  # int64; a token's experts are distinct and in no particular order
     scores_NE: Tensor  # of all experts, without any selection bias
     logits_NE: Tensor  # what the scores were made from
@@ -45,7 +45,7 @@ class Router(Protocol):
     Called with x_ND, N >= 0, it returns a `Routing` whose weights and scores are float32 at least,
     under autocast too. Recording, losses and balancing go by what it returns. `selection_bias` is
     a buffer, (E,), that training moves against the load; None for a router that is not balanced
-    so. One that looks at other tokens than the one it routes has `sees_other_tokens = True`.
+    so. `sees_other_tokens = True` says that what a token gets depends on other tokens.
     """
 
     num_experts: int
@@ -89,7 +89,7 @@ class LinearRouterConfig(Config):
 class LinearRouter(nn.Module):
     """Linear logits and the config's `route`. The matrix begins normal, biases at 0."""
 
-    exact = ("selection_bias",)  # stays float32 at least: values of 10 may differ by 1e-3
+    exact = ("selection_bias",)  # kept in float32: biases near 10 may differ by 1e-3 only
     quantizable = ()
     selection_bias: Tensor | None
 
@@ -233,7 +233,7 @@ class TopP(LinearRouterConfig):
         scores_NE = logits_NE.softmax(dim=-1)
         weights_NK, experts_NK = scores_NE.topk(self.max_experts, dim=-1)
         before_NK = weights_NK.cumsum(dim=-1) - weights_NK
-        reached_NK = before_NK >= self.mass  # in this sense, so that NaN is not hidden
+        reached_NK = before_NK >= self.mass  # False for NaN, which so stays visible in the weights
         weights_NK = weights_NK.masked_fill(reached_NK, 0)
         experts_NK = experts_NK.masked_fill(reached_NK, self.num_experts)
         return Routing(weights_NK, experts_NK, scores_NE, logits_NE)
@@ -243,9 +243,9 @@ class TopP(LinearRouterConfig):
 class ExpertChoice(LinearRouterConfig):
     """Each expert takes the ceil(N * capacity / E) tokens that score highest for it.
 
-    Zhou et al. 2022, section 3.2: loads are equal by construction, a token may have no expert or
-    all of them. What a token gets depends on the others of the forward, later ones and padding
-    included: a model that generates cannot use it.
+    Zhou et al. 2022, section 3.2. Loads are equal by construction; a token may get no expert, or
+    all. What it gets depends on the other tokens of the forward, later ones and padding included,
+    so `generate` refuses such a model.
     """
 
     sees_other_tokens: ClassVar[bool] = True

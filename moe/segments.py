@@ -1,7 +1,7 @@
 """Products of sorted rows with the matrix of their segment, as operations that torch can trace.
 
-`grouped_mm` computes them for rows of whole 16-byte units of float32 or bfloat16, but torch traces
-it in bfloat16 alone. Here compile, export, vmap and the meta device take every dtype and width.
+torch's `grouped_mm` takes float32 and bfloat16 rows of whole 16-byte units, and traces in bfloat16
+alone. These take every dtype and width, under compile, export, vmap and on the meta device too.
 
 Shapes: S rows sorted by segment, E segments, I and O input and output width of one product.
 """
@@ -35,7 +35,7 @@ def can_group(x_SI: Tensor, weight_EOI: Tensor) -> bool:
 def product_of_segments(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """Row s times the matrix of its segment, (S, O); segment e ends before row ends[e].
 
-    Rows behind the last end belong to no segment: what stands there is anything, NaN included.
+    Rows after the last end belong to no segment; their result is undefined and may be NaN.
     """
     if can_group(x_SI, weight_EOI) and (x_SI.dtype == torch.bfloat16 or not is_traced(x_SI)):
         return F.grouped_mm(x_SI, weight_EOI.mT, offs=ends_E)
@@ -45,31 +45,31 @@ def product_of_segments(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Ten
 Operation = Callable[..., Tensor]
 
 
-def operation(schema: str, make_result: Operation) -> Callable[[Operation], Operation]:
-    """Register a function as an operation of torch's, which `vmap` runs element by element.
-    make_result: an empty tensor of the result's shape, for whoever only traces."""
+def register_operation(schema: str, make_result: Operation) -> Callable[[Operation], Operation]:
+    """Register a function as a torch operation, which `vmap` runs element by element.
+    make_result: returns an empty tensor of the result's shape; tracing calls it instead."""
 
     def register(function: Operation) -> Operation:
         name = f"abacus::{function.__name__}"
         torch.library.define(name, schema)
         torch.library.impl(name, "default", function)
         torch.library.register_fake(name, make_result)
-        made = getattr(torch.ops.abacus, function.__name__)
+        registered = getattr(torch.ops.abacus, function.__name__)
 
         def map_elements(info: Any, in_dims: tuple, *batched: Tensor) -> tuple[Tensor, int]:
             rows = [
                 tensor.unbind(dim) if dim is not None else [tensor] * info.batch_size
                 for tensor, dim in zip(batched, in_dims, strict=True)
             ]
-            return torch.stack([made(*row) for row in zip(*rows, strict=True)]), 0
+            return torch.stack([registered(*row) for row in zip(*rows, strict=True)]), 0
 
         torch.library.register_vmap(name, map_elements)
-        return made
+        return registered
 
     return register
 
 
-@operation(
+@register_operation(
     "(Tensor x, Tensor weight, Tensor ends) -> Tensor",
     lambda x_SI, weight_EOI, ends_E: x_SI.new_empty(x_SI.shape[0], weight_EOI.shape[1]),
 )
@@ -83,7 +83,7 @@ def multiply_segments(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tenso
     return y_SO
 
 
-@operation(
+@register_operation(
     "(Tensor y, Tensor x, Tensor ends) -> Tensor",
     lambda y_SO, x_SI, ends_E: x_SI.new_empty(len(ends_E), y_SO.shape[1], x_SI.shape[1]),
 )

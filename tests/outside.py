@@ -56,7 +56,7 @@ class DecayAttention(nn.Module):
         if cache is None:
             B, T, (H, P) = *x_BTD.shape[:2], (self.config.num_heads, self.config.head_width)
             zeros = [qkv_BTW.new_zeros(B, H, P, P), qkv_BTW.new_zeros(B, H, P)]
-            real_BT = step.real(T)
+            real_BT = step.real_mask(T)
             real_BT = x_BTD.new_ones(B, T, dtype=torch.bool) if real_BT is None else real_BT
             y_BTW, _ = self.recur(zeros, [qkv_BTW], real_BT)
         else:

@@ -3,7 +3,7 @@
 from modeling import LayerConfig, ModelConfig, RopeConfig
 from moe import ConfigError, MoEConfig, TopK
 
-from ..config_file import Fields
+from ..config_file import Fields, NamedFloat
 from ..mapping import Family, Rule
 from . import llama
 
@@ -65,11 +65,16 @@ def rope_config(fields: Fields, width: int) -> RopeConfig:
     section = llama.rope_section(fields)
     if section is None or section.raw.get("rope_type", section.raw.get("type")) != "dynamic":
         return llama.rope_config(fields, width)
-    theta = section.number("rope_theta", default=fields.number("rope_theta", default=10000.0))
+    theta = fields.number("rope_theta", default=10000.0, above=1.0)
+    theta = section.number("rope_theta", default=theta, above=1.0)
     alpha = section.number("alpha", above=0.0)
     # the release carries YaRN's keys too, at values that change nothing
     section.number("factor", default=1.0)
-    return RopeConfig(width=width, theta=theta * alpha ** (width / (width - 2)))
+    fields.check(width > 2, "head_dim", width, "at least 4 with rope of type dynamic")
+    scaled = theta * alpha ** (width / (width - 2))
+    return RopeConfig(
+        width=width, theta=fields.give(NamedFloat, "rope_theta * alpha ** (d / (d - 2))", scaled)
+    )
 
 
 ATTENTION = (

@@ -32,8 +32,8 @@ def read_config(fields: Fields) -> ModelConfig:
     # says what is so, and its files hold a head
     fields.has("tie_word_embeddings", "vision_config")
     config = read_text_config(text)
-    if count := len(config.mtp.blocks):
-        raise ConfigError(f"text_config announces {count} MTP modules: none are known")
+    count = len(config.mtp.blocks)
+    text.check(count == 0, "num_nextn_predict_layers", count, "0: no release has MTP modules")
     return replace(config, published=dict(fields.raw))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from modeling import GQAConfig, LayerConfig, ModelConfig, QKNormConfig, RopeConfig, YarnConfig
 from moe import ConfigError
 
-from ..config_file import Fields
+from ..config_file import Fields, NamedInt
 from ..mapping import Rule
 
 MOST = 2**40  # positions
@@ -66,7 +66,7 @@ def head_width(fields: Fields) -> int:
     fields.check(
         width % heads == 0, "num_attention_heads", heads, f"a divisor of hidden_size = {width}"
     )
-    return width // heads
+    return fields.give(NamedInt, "hidden_size / num_attention_heads", width // heads)
 
 
 def rope_config(
@@ -99,10 +99,13 @@ def rope_section(fields: Fields) -> Fields | None:
 def rotated_width(fields: Fields, default: float = 1.0) -> int:
     """How much of a head is rotated: partial_rotary_factor of it, rounded down."""
     section = rope_section(fields)
-    factor = fields.number("partial_rotary_factor", default=default)
+    factor = fields.number("partial_rotary_factor", default=default, above=0.0, at_most=1.0)
     if section is not None:
-        factor = section.number("partial_rotary_factor", default=factor)
-    return int(head_width(fields) * factor)
+        factor = section.number("partial_rotary_factor", default=factor, above=0.0, at_most=1.0)
+    width = head_width(fields)
+    if factor == 1.0:
+        return width
+    return fields.give(NamedInt, "head_dim * partial_rotary_factor", int(width * factor))
 
 
 def yarn(section: Fields) -> dict[str, Any]:

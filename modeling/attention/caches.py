@@ -58,8 +58,8 @@ class WindowCache(LayerCache):
     """The last entries alone, for queries that see `window` positions.
 
     The entry of position p is in slot p modulo C. The next query sees its own entry, which is not
-    in the cache yet, and window - 1 earlier ones: so C = window - 1, and `rollback` more, because
-    entries that are cut off again may have overwritten what is then needed.
+    in the cache yet, and window - 1 earlier ones. So C = window - 1 + rollback: entries that are
+    cut off again have overwritten up to `rollback` earlier ones, which the window then needs.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class WindowCache(LayerCache):
     def append(
         self, *new_BTW: Tensor, counts: Sequence[int] | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """As of `EntryCache`; entries of a negative position are none."""
+        """See `EntryCache.append`; a negative position marks an empty slot."""
         T, C, device = new_BTW[0].shape[1], self.kept, new_BTW[0].device
         ends = self.lengths_after([T] * len(self.lengths) if counts is None else counts)
         self.fit(new_BTW[0])
@@ -90,7 +90,7 @@ class WindowCache(LayerCache):
         ]
         entries = [torch.cat(pair, dim=1) for pair in zip(self.tensors, new_BTW, strict=True)]
         slots_C = torch.arange(C, device=device)
-        held_BC, kept_BC = newest_in(slots_C, start_B1), newest_in(slots_C, end_B1)
+        held_BC, kept_BC = positions_in(slots_C, start_B1), positions_in(slots_C, end_B1)
         source_BC = torch.where(kept_BC >= start_B1, C + kept_BC - start_B1, slots_C)
         self.tensors = [e.take_along_dim(source_BC[..., None], dim=1) for e in entries]
         if not any(starts):
@@ -100,8 +100,8 @@ class WindowCache(LayerCache):
         return [e.to(new.dtype) for e, new in pairs], torch.cat([held_BC, new_BT], dim=1)
 
 
-def newest_in(slots_C: Tensor, length_B1: Tensor) -> Tensor:
-    """Of rows of these lengths, the last position that belongs in each slot; below 0: none."""
+def positions_in(slots_C: Tensor, length_B1: Tensor) -> Tensor:
+    """The position whose entry each slot holds, in rows of these lengths; negative: none."""
     last_B1 = length_B1 - 1
     return last_B1 - (last_B1 - slots_C) % max(1, len(slots_C))
 
@@ -112,10 +112,10 @@ Recurrence = Callable[[list[Tensor], list[Tensor], Tensor], tuple[Tensor, list[T
 
 
 class StateCache(LayerCache):
-    """The states of a recurrence, which begin at zero, for layers of a fixed size.
+    """The states of a recurrence, which begin at zero: a fixed size at any length.
 
-    States cannot be cut back. So those kept are `rollback` positions old, the inputs since then
-    are held too, and every append runs them again: a cut drops some of them.
+    A state cannot be cut back. So the cache keeps the states at `length - rollback` and the inputs
+    since then. Every append runs these inputs again; cutting back drops the last of them.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class StateCache(LayerCache):
         old = [zero_unless(old_BT, x[:, :T]) for x in inputs]
         y_old, states = run(states, old, old_BT)
         recent_BR = counts_B1 + place_L[:R]
-        held, real_BR = take(inputs, recent_BR), real_BL.take_along_dim(recent_BR, dim=1)
+        held, real_BR = gather_places(inputs, recent_BR), real_BL.take_along_dim(recent_BR, dim=1)
         self.tensors, self.lengths = [*states, *held], ends
         self.floors = [
             end - min(R, used + count)
@@ -173,7 +173,7 @@ class StateCache(LayerCache):
         y_recent, _ = run(states, held, real_BR)
         place_BT = R + place_L[:T].expand(B, T)
         behind_BT = T + (place_BT - counts_B1).clamp(0, R - 1)
-        (y_BT,) = take(
+        (y_BT,) = gather_places(
             [torch.cat([y_old, y_recent], dim=1)], place_BT.where(place_BT < counts_B1, behind_BT)
         )
         return y_BT
@@ -189,15 +189,15 @@ class StateCache(LayerCache):
         states = [zero_unless(keep_B1[:, 0], state) for state in self.tensors[: self.num_states]]
         place_R = torch.arange(self.rollback, device=device)
         source_BR = (place_R - torch.tensor(cuts, device=device)[:, None]).clamp(min=0)
-        self.tensors = [*states, *take(self.tensors[self.num_states :], source_BR)]
+        self.tensors = [*states, *gather_places(self.tensors[self.num_states :], source_BR)]
 
 
 def zero_unless(kept: Tensor, x: Tensor) -> Tensor:
-    """x, (..., *), where `kept` (...) is True, else zeros."""
+    """x, (..., *), where `kept`, (...), is True, and zeros elsewhere."""
     return x.where(kept.reshape(*kept.shape, *[1] * (x.dim() - kept.dim())), 0)
 
 
-def take(tensors: Sequence[Tensor], place_BL: Tensor) -> list[Tensor]:
-    """Of each row of each tensor, (B, S, ...), what stands at these places: (B, L, ...)."""
+def gather_places(tensors: Sequence[Tensor], place_BL: Tensor) -> list[Tensor]:
+    """The elements of each tensor, (B, S, ...), at these places of each row: (B, L, ...)."""
     rows_B1 = torch.arange(len(place_BL), device=place_BL.device)[:, None]
     return [tensor[rows_B1, place_BL] for tensor in tensors]

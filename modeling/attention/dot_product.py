@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from ..step import Step
 
 
-def visible(step: Step, keys_BS: Tensor | None, window: int | None = None) -> Tensor:
-    """Which keys, of these positions, each query may see; bool (B, 1, T, S).
+def mask_keys(step: Step, keys_BS: Tensor | None, window: int | None = None) -> Tensor:
+    """True where a query may see a key, bool (B, 1, T, S).
 
-    Those at its own position and before, of which a window counts the last so many, itself
-    included. A key of a negative position is none. keys_BS None: the keys are the queries' own.
+    A query sees keys at its own position and earlier ones, with a window the last `window` of
+    them, its own included. keys_BS: the positions of the keys, negative for an empty slot; None:
+    the keys are the queries' own.
     """
     keys_BS = step.positions_BT if keys_BS is None else keys_BS
     query_B1T1, key_B11S = step.positions_BT[:, None, :, None], keys_BS[:, None, None]
@@ -44,7 +45,7 @@ def attend(
         q_BHTP,
         k_BJSP,
         F.pad(v_BJSM, (0, P - M)) if M < P else v_BJSM,
-        attn_mask=None if triangle else visible(step, keys_BS, window),
+        attn_mask=None if triangle else mask_keys(step, keys_BS, window),
         is_causal=triangle,
         scale=scale,
         enable_gqa=q_BHTP.shape[1] != k_BJSP.shape[1],
@@ -66,7 +67,7 @@ def attend_with_sinks(
 
     So a head may attend to nothing (Xiao et al. 2023, section 3.3; gpt-oss). Computed as one more
     key: every query gets a dimension that holds its head's sink, which only that key has too;
-    it stands at position 0 and has a value of zeros. That leaves the softmax to torch's kernels.
+    it stands at position 0 and has a value of zeros. So torch's kernels compute the softmax.
     """
     sink_BHT1 = (sinks_H / scale)[:, None, None].expand(*q_BHTP.shape[:3], 1)
     q_BHTp = torch.cat([q_BHTP, sink_BHT1.to(q_BHTP.dtype)], dim=-1)
@@ -77,7 +78,7 @@ def attend_with_sinks(
         q_BHTp,
         k_BJsp,
         F.pad(v_BJSM, (0, max(0, P - M), 1, 0)),
-        attn_mask=F.pad(visible(step, keys_BS, window), (1, 0), value=True),
+        attn_mask=F.pad(mask_keys(step, keys_BS, window), (1, 0), value=True),
         scale=scale,
         enable_gqa=q_BHTP.shape[1] != k_BJSP.shape[1],
     )

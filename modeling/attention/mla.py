@@ -28,7 +28,7 @@ from ..norm import RMSNorm
 from ..rope import RopeConfig, rotate
 from ..step import Step
 from .caches import EntryCache
-from .dot_product import attend, visible
+from .dot_product import attend, mask_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class MultiHeadLatentAttention(nn.Module):
         w_uk_HPC, w_uv_HMC = weight_HmC.split([c.nope_width, c.value_width], dim=1)
         q_BTHC = torch.einsum("BTHP,HPC->BTHC", q_BTHP, w_uk_HPC)
         q_B1tW = torch.cat([q_BTHC, q_BTHR], dim=-1).flatten(1, 2)[:, None]
-        mask_B1tS = visible(step, keys_BS).repeat_interleave(c.num_heads, dim=2)
+        mask_B1tS = mask_keys(step, keys_BS).repeat_interleave(c.num_heads, dim=2)
         kept_B1SW = kept_BSW[:, None]
         y_B1tW = F.scaled_dot_product_attention(
             q_B1tW, kept_B1SW, kept_B1SW, attn_mask=mask_B1tS, scale=self.scale

@@ -1,9 +1,10 @@
-"""How many tokens to draft in a round: a fixed number, or the one that has proved fastest.
+"""How many tokens to draft in a round: a fixed number, or the one measured to be fastest.
 
-With a_j the share of drafts at position j that are kept when those before them were, k drafts gain
-1 + a_1 + a_1 a_2 + ... + a_1 ... a_k tokens a round (Leviathan et al. 2023, equation 1, with an
-acceptance for each position), which takes the time of k drafts and of one forward over 1 + k
-tokens. All of these are measured while text is generated: all depend on the text and the machine.
+Let a_j be the acceptance at position j: the share of drafts there that are accepted when all drafts
+before them were. A round with k drafts gains 1 + a_1 + a_1 a_2 + ... + a_1 ... a_k tokens on
+average (Leviathan et al. 2023, equation 1, with an acceptance per position). It takes the time of
+k drafts and of one forward over 1 + k tokens. Acceptance and times depend on the text and the
+machine, so both are measured while text is generated.
 """
 
 from collections import deque
@@ -13,100 +14,112 @@ from itertools import accumulate
 from operator import mul
 from statistics import median
 
-KEPT = 9  # measurements of one time
-BEGINNING = 6  # rounds: in the first the modules read the prompt, which the median passes over
-AGAIN = 64  # rounds
-EXPECTED = 0.8  # of acceptance: in the middle of what is reported of trained modules
-NEWER = 0.96  # the weight of what was seen, with each draft seen since
-UNTRIED = 0.996  # and with each round
+MEASUREMENTS_KEPT = 9  # the newest ones, for each number of drafts; their median is used
+WARM_UP_ROUNDS = 6  # in the first the modules read the prompt: the median of three ignores it
+PLAIN_ROUND_INTERVAL = 64  # rounds from one round without drafts to the next
+PRIOR_ACCEPTANCE = 0.8  # before any draft: in the middle of what is reported of trained modules
+DECAY_PER_DRAFT = 0.96  # factor on the weight of old observations for each new draft there
+DECAY_PER_ROUND = 0.996  # the same for each round, with or without a draft there
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one forward of the main model and the drafting before it gave and took."""
+    """The counts and times of one main-model forward and of the drafting before it."""
 
-    drafted: Sequence[int]  # of each row that was still going
-    accepted: Sequence[int]
+    drafted: Sequence[int]  # number of drafts of each row that was not finished
+    accepted: Sequence[int]  # how many of these the text now contains
     drafting_seconds: float
-    forward_seconds: float  # with choosing the tokens
+    forward_seconds: float  # includes choosing the tokens
 
 
 class FixedCount:
-    """The same number in every round."""
+    """The same number of drafts in every round."""
 
-    def __init__(self, count: int) -> None:
-        self.most = count
+    def __init__(self, max_drafts: int) -> None:
+        self.max_drafts = max_drafts
 
-    def next(self) -> int:
-        return self.most
+    def choose_count(self) -> int:
+        return self.max_drafts
 
-    def observe(self, seen: Round) -> None:
+    def observe(self, last_round: Round) -> None:
         pass
 
 
 class MeasuredCount:
-    """The number with which tokens have come fastest, 0 if that is without drafts.
+    """The number of drafts that gives the most tokens a second; it may be 0.
 
-    It begins with two drafts and none in turn, for the times; those of other numbers it takes to
-    lie on a line until it has tried them. Of acceptance it expects a good deal until it has seen
-    otherwise. Newer drafts count for more, and what is not tried again is slowly forgotten: so
-    after a while it tries more drafts once more, and goes back if the text is still as hard.
+    The first rounds alternate between two drafts and none, to measure the times of both. The time
+    of a number that was not tried yet is estimated from its measured neighbours. Each acceptance
+    starts at PRIOR_ACCEPTANCE. Old observations lose weight, so a position without new drafts
+    returns slowly to this prior: the rule then tries more drafts again, and fewer if the text is
+    still hard to predict.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.rounds = 0
-        self.reached = [0.0] * most  # times that all drafts before this position were kept
-        self.accepted = [0.0] * most
-        self.drafting_seconds: dict[int, deque[float]] = {}  # by the number of drafts
+    def __init__(self, max_drafts: int) -> None:
+        self.max_drafts = max_drafts
+        self.num_rounds = 0
+        self.judged = [0.0] * max_drafts  # by position: decayed number of judged drafts
+        self.accepted = [0.0] * max_drafts  # and of the accepted ones among them
+        self.drafting_seconds: dict[int, deque[float]] = {}  # by number of drafts
         self.forward_seconds: dict[int, deque[float]] = {}
 
-    def next(self) -> int:
-        if self.rounds < BEGINNING:
-            return min(2, self.most) if self.rounds % 2 == 0 else 0
-        if self.rounds % AGAIN == 0:
-            return 0  # as the text grows, so does the time of a plain step
-        drafting, forward = self.drafting_seconds, self.forward_seconds
-        seconds = [typical(drafting, k) + typical(forward, k) for k in range(self.most + 1)]
-        return fastest_count(self.acceptance(), seconds)
+    def choose_count(self) -> int:
+        if self.num_rounds < WARM_UP_ROUNDS:
+            return min(2, self.max_drafts) if self.num_rounds % 2 == 0 else 0
+        if self.num_rounds % PLAIN_ROUND_INTERVAL == 0:
+            return 0  # the time of a plain step grows with the text: measure it again
+        seconds = [
+            estimate_seconds(self.drafting_seconds, count)
+            + estimate_seconds(self.forward_seconds, count)
+            for count in range(self.max_drafts + 1)
+        ]
+        return find_fastest_count(self.estimate_acceptance(), seconds)
 
-    def observe(self, seen: Round) -> None:
-        """Learn from a round that was drafted as `next` said; fewer drafts near a text's end."""
-        self.rounds += 1
-        count = max(seen.drafted)
+    def observe(self, last_round: Round) -> None:
+        """Learn from a round; near the end of a text it has fewer drafts than were chosen."""
+        self.num_rounds += 1
+        count = max(last_round.drafted)
         for measured, seconds in (
-            (self.drafting_seconds, seen.drafting_seconds),
-            (self.forward_seconds, seen.forward_seconds),
+            (self.drafting_seconds, last_round.drafting_seconds),
+            (self.forward_seconds, last_round.forward_seconds),
         ):
-            measured.setdefault(count, deque(maxlen=KEPT)).append(seconds)
-        for position in range(self.most):
-            pairs = zip(seen.drafted, seen.accepted, strict=True)
-            kept = [n > position for made, n in pairs if min(made, n + 1) > position]
-            remembered = UNTRIED * NEWER ** len(kept)
-            self.reached[position] = remembered * self.reached[position] + len(kept)
-            self.accepted[position] = remembered * self.accepted[position] + sum(kept)
+            measured.setdefault(count, deque(maxlen=MEASUREMENTS_KEPT)).append(seconds)
+        for position in range(self.max_drafts):
+            rows = zip(last_round.drafted, last_round.accepted, strict=True)
+            outcomes = [  # a draft is judged only if all drafts before it were accepted
+                accepted > position
+                for drafted, accepted in rows
+                if drafted > position and accepted >= position
+            ]
+            decay = DECAY_PER_ROUND * DECAY_PER_DRAFT ** len(outcomes)
+            self.judged[position] = decay * self.judged[position] + len(outcomes)
+            self.accepted[position] = decay * self.accepted[position] + sum(outcomes)
 
-    def acceptance(self) -> list[float]:
-        """Of each position; what is expected counts as much as one draft that was seen."""
-        pairs = zip(self.accepted, self.reached, strict=True)
-        return [(accepted + EXPECTED) / (reached + 1) for accepted, reached in pairs]
+    def estimate_acceptance(self) -> list[float]:
+        """The acceptance at each position; the prior weighs as much as one judged draft."""
+        pairs = zip(self.accepted, self.judged, strict=True)
+        return [(accepted + PRIOR_ACCEPTANCE) / (judged + 1) for accepted, judged in pairs]
 
 
-def typical(measured: Mapping[int, Sequence[float]], count: int) -> float:
-    """The median for this number of drafts; if it was not tried, on the line through neighbours."""
-    known = {tried: median(seconds) for tried, seconds in measured.items()}
-    if count in known or len(known) == 1:
-        return known.get(count, known[min(known)])
-    above = min((tried for tried in known if tried > count), default=max(known))
-    below = max(tried for tried in known if tried < above)
+def estimate_seconds(measured: Mapping[int, Sequence[float]], count: int) -> float:
+    """The median of the measured seconds with `count` drafts, or an estimate without any.
+
+    measured: by number of drafts, 0 among these numbers. The estimate lies on the line through the
+    nearest number on each side, or through the two largest; it never falls as `count` grows.
+    """
+    medians = {tried: median(seconds) for tried, seconds in measured.items()}
+    if count in medians or len(medians) == 1:
+        return medians.get(count, medians[min(medians)])
+    above = min((tried for tried in medians if tried > count), default=max(medians))
+    below = max(tried for tried in medians if tried < above)
     share = (count - below) / (above - below)
-    return known[below] + share * max(0.0, known[above] - known[below])
+    return medians[below] + share * max(0.0, medians[above] - medians[below])
 
 
-def fastest_count(acceptance: Sequence[float], seconds: Sequence[float]) -> int:
-    """The number of drafts that gives most tokens a second; the smaller one of equals.
+def find_fastest_count(acceptance: Sequence[float], seconds: Sequence[float]) -> int:
+    """The number of drafts with the most tokens a second; the smallest such number.
 
-    acceptance: of positions 1, 2, ...; seconds: of a whole round with 0, 1, 2, ... drafts.
+    acceptance: at positions 1, 2, ...; seconds: of a whole round with 0, 1, 2, ... drafts.
     """
     tokens = accumulate(accumulate(acceptance, mul, initial=1.0))
     speeds = [gained / taken for gained, taken in zip(tokens, seconds, strict=True)]

@@ -1,9 +1,19 @@
 """Drafting: the MTP modules guess the next tokens of every row of a batch.
 
-Module j makes its entry at position i from the state of the module before it there (the main
-model's for j = 1) and from token i + j. With n tokens known, the entries at positions below n - j
-are final. Those behind them are made from drafts, and are made again once the tokens are known:
-until then the states that they were made from wait.
+At position i, module j reads the state of module j - 1 (for j = 1: of the main model) and token
+i + j, and predicts token i + j + 1. For example, 5 tokens t0 to t4 are known, and 2 modules make
+3 drafts d1 to d3. This is the token that each module reads at each position:
+
+    position        0    1    2    3    4
+    main model     t0   t1   t2   t3        it reads t4 only when it verifies the drafts
+    module 1       t1   t2   t3   t4        its output at 3 predicts d1
+    module 2       t2   t3   t4   d1        its output at 3 predicts d2
+    module 2 again                     d2   it reads its own state of 3, and predicts d3
+
+With n tokens known, the cache entries of module j at positions below n - j are final: they come
+from known tokens only. The others are tentative: they come from a draft, and are removed at the
+end of the round. In the example these are the entries of d1 and d2. Module 2 must read position 3
+again when token 5 is known, so the state that it read there, which is final, stays pending.
 
 Shapes: B rows, T positions (of the longest row), n positions of one row, D model width,
 V vocabulary.
@@ -22,10 +32,10 @@ from .sampling import Draft, RandomStream, Sampling
 
 
 class Drafter:
-    """Guesses tokens ahead with the MTP modules, each with its own cache.
+    """Drafts tokens with the MTP modules; each module has its own cache.
 
-    Drafts beyond the number of modules come from the last one, fed its own state and draft.
-    max_drafts: how many are ever asked for at once.
+    Drafts beyond the number of modules come from the last one, which reads its own state and draft.
+    max_drafts: the largest number of drafts in a round.
     """
 
     def __init__(
@@ -39,93 +49,99 @@ class Drafter:
         self.model, self.modules = model, model.mtp_modules[:max_drafts]
         self.sampling, self.random = sampling, random
         self.caches = model.make_mtp_caches(len(random), capacity, max_drafts)[:max_drafts]
-        self.waiting: list[list[Tensor]] = []  # per module and row: states to be read, (n, D)
+        # [module][row]: final states at the positions where the module has no final entry, (n, D)
+        self.pending: list[list[Tensor]] = []
 
-    def add_states(self, confirmed: Sequence[Tensor]) -> None:
-        """Take the main model's new states of each row, (n, D), that follow those taken before."""
-        if not self.waiting:
-            self.waiting = [[state_nD[:0] for state_nD in confirmed] for _ in self.modules]
-        self.waiting[0] = [torch.cat(pair) for pair in zip(self.waiting[0], confirmed, strict=True)]
+    def add_states(self, new_states: Sequence[Tensor]) -> None:
+        """Append the main model's states of each row, (n, D), at the next positions."""
+        if not self.pending:
+            self.pending = [[state_nD[:0] for state_nD in new_states] for _ in self.modules]
+        self.pending[0] = [torch.cat(pair) for pair in zip(self.pending[0], new_states, strict=True)]
 
     def draft(self, texts: Sequence[list[int]], counts: Sequence[int]) -> list[list[Draft]]:
-        """`counts[row]` drafts for each row, which follow its text.
+        """Draft `counts[row]` tokens after the text of each row.
 
-        The main model's states of all but the newest token of a drafting row have been added.
+        `add_states` must have given the main model's states of every row that drafts, at all
+        positions of its text but the last.
         """
         drafts: list[list[Draft]] = [[] for _ in texts]
-        known = [list(text) for text in texts]  # goes on with the drafts
-        guessed: dict[int, Tensor] = {}  # by row: states made from drafts, for the next depth
+        tokens = [list(text) for text in texts]  # each text, followed by its drafts
+        tentative: dict[int, Tensor] = {}  # by row: the states that the next depth reads
         for depth in range(1, max(counts, default=0) + 1):
             number = min(depth, len(self.modules))
             rows = [row for row, count in enumerate(counts) if depth <= count]
-            read = guessed if depth > number else self.join_waiting(number, rows, guessed)
+            if depth == number:
+                inputs = self.join_states(number, rows, tentative)
+            else:
+                inputs = {row: tentative[row] for row in rows}
             starts = self.caches[number - 1].lengths
-            made = self.run(number, {row: read[row] for row in rows}, known)
-            last_nD = torch.stack([normed_nD[-1] for normed_nD, _ in made.values()])
+            normed, outputs = self.run_module(number, inputs, tokens)
+            last_nD = torch.stack([normed[row][-1] for row in rows])
             logits_nV = self.model.logits(last_nD, self.modules[number - 1])
             for row, logits_V in zip(rows, logits_nV, strict=True):
                 drafts[row].append(self.sampling.draft(logits_V, self.random[row]))
-                known[row].append(drafts[row][-1].token)
-            guessed = {row: following_nD for row, (_, following_nD) in made.items()}
+                tokens[row].append(drafts[row][-1].token)
             if depth == number:
-                final = {row: max(0, len(texts[row]) - number - starts[row]) for row in rows}
-                guessed = self.keep_final(number, read, guessed, final)
-        self.cut_back(texts, max(counts, default=0))
+                num_final = {row: max(0, len(texts[row]) - number - starts[row]) for row in rows}
+                outputs = self.update_pending(number, inputs, outputs, num_final)
+            tentative = outputs
+        self.remove_tentative(texts, max(counts, default=0))
         return drafts
 
-    def join_waiting(
-        self, number: int, rows: Sequence[int], guessed: Mapping[int, Tensor]
+    def join_states(
+        self, number: int, rows: Sequence[int], tentative: Mapping[int, Tensor]
     ) -> dict[int, Tensor]:
-        """What a module reads first in a round: what waits for it, and then what is guessed."""
-        waiting = self.waiting[number - 1]
-        return {row: torch.cat([waiting[row], guessed.get(row, waiting[row][:0])]) for row in rows}
+        """The states that module `number` reads, by row: pending ones, then tentative ones."""
+        pending = self.pending[number - 1]
+        return {row: torch.cat([pending[row], tentative.get(row, pending[row][:0])]) for row in rows}
 
-    def keep_final(
+    def update_pending(
         self,
         number: int,
-        read: Mapping[int, Tensor],
-        made: Mapping[int, Tensor],
-        final: Mapping[int, int],
+        inputs: Mapping[int, Tensor],
+        outputs: Mapping[int, Tensor],
+        num_final: Mapping[int, int],
     ) -> dict[int, Tensor]:
-        """Let wait what is to be read again, and hand what is final to the next module for good.
+        """Update the pending states of module `number` and of the next one; return the others.
 
-        read, made: what module `number` has read and what the next depth reads, of each row;
-        final: at how many of these positions it knew the token. Returns what is not final.
+        inputs, outputs: by row, the states that the module has read and those that the next depth
+        reads, (n, D) each. num_final: at how many of these n positions the module's entry is
+        final. Returns the tentative states of the next depth.
         """
-        waiting, last = self.waiting[number - 1], number == len(self.modules)
-        for row, end in final.items():
-            waiting[row] = read[row][end : len(waiting[row])]
-            if not last:
-                following = self.waiting[number]
-                following[row] = torch.cat([following[row], made[row][:end]])
-        return {row: made[row][-1:] if last else made[row][end:] for row, end in final.items()}
+        pending, is_last = self.pending[number - 1], number == len(self.modules)
+        for row, end in num_final.items():
+            pending[row] = inputs[row][end : len(pending[row])]
+            if not is_last:
+                next_pending = self.pending[number]
+                next_pending[row] = torch.cat([next_pending[row], outputs[row][:end]])
+        # after the last module it runs again, one position further, on its own last state
+        return {row: outputs[row][-1 if is_last else end :] for row, end in num_final.items()}
 
-    def run(
-        self, number: int, read: Mapping[int, Tensor], known: Sequence[list[int]]
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Module `number` on the states of some rows and the tokens so far ahead.
+    def run_module(
+        self, number: int, inputs: Mapping[int, Tensor], tokens: Sequence[list[int]]
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Module `number` on the next positions of some rows; appends to its cache.
 
-        Returns what the head reads and what the next depth reads, (n, D) each, by row.
+        inputs: by row, the states to read, (n, D); tokens: of every row, its text and drafts.
+        Returns the states that the head reads and those that the next depth reads, like `inputs`.
         """
-        cache, nothing_nD = self.caches[number - 1], next(iter(read.values()))[:0]
-        states = [read.get(row, nothing_nD) for row in range(len(known))]
+        cache, empty_nD = self.caches[number - 1], next(iter(inputs.values()))[:0]
+        states = [inputs.get(row, empty_nD) for row in range(len(tokens))]
         counts, starts = [len(state_nD) for state_nD in states], cache.lengths
-        rows = zip(known, starts, counts, strict=True)
-        ahead = [tokens[start + number :][:count] for tokens, start, count in rows]
-        step = Step.behind(starts, pad_tokens(ahead, self.model.device), counts)
-        read_BTD = pad_sequence(states, batch_first=True)
-        made = self.model.mtp_step(self.modules[number - 1], read_BTD, step, cache)
-        following_BTD = next_state(self.model.config.mtp, read_BTD, made)
-        return {
-            row: (made.normed_BTD[row, : counts[row]], following_BTD[row, : counts[row]])
-            for row in read
-        }
+        rows = zip(tokens, starts, counts, strict=True)
+        read_tokens = [row_tokens[start + number :][:count] for row_tokens, start, count in rows]
+        step = Step.after(starts, pad_tokens(read_tokens, self.model.device), counts)
+        input_BTD = pad_sequence(states, batch_first=True)
+        output = self.model.mtp_step(self.modules[number - 1], input_BTD, step, cache)
+        next_BTD = next_state(self.model.config.mtp, input_BTD, output)
+        normed = {row: output.normed_BTD[row, : counts[row]] for row in inputs}
+        return normed, {row: next_BTD[row, : counts[row]] for row in inputs}
 
-    def cut_back(self, texts: Sequence[list[int]], depths: int) -> None:
-        """Forget the entries that were made from drafts."""
+    def remove_tentative(self, texts: Sequence[list[int]], depths: int) -> None:
+        """Cut each module's cache back to its final entries."""
         for number, cache in enumerate(self.caches[:depths], start=1):
             rows = zip(cache.lengths, texts, strict=True)
-            cache.truncate([min(held, max(0, len(text) - number)) for held, text in rows])
+            cache.truncate([min(length, max(0, len(text) - number)) for length, text in rows])
 
 
 def pad_tokens(rows: Sequence[list[int]], device: torch.device) -> Tensor:

@@ -33,7 +33,7 @@ def forced_states(
     for k, (module, cache) in enumerate(zip(modules[:depths], caches, strict=False), start=1):
         next_Bn = tokens_BT[:, k:]
         read_BnD = read_BnD[:, : next_Bn.shape[1]]
-        made = model.mtp_step(module, read_BnD, Step.behind([0], next_Bn), cache)
+        made = model.mtp_step(module, read_BnD, Step.after([0], next_Bn), cache)
         found.append(made.normed_BTD)
         read_BnD = next_state(wiring, read_BnD, made)
     M = len(modules)
@@ -48,7 +48,7 @@ def forced_states(
         for k, depth_states in enumerate(later, start=M + 1):
             # beyond the text's end anything will do: it is cut off below
             next_n1 = tokens_BT[0, [min(i + k, T - 1) for i in places]][:, None]
-            made = model.mtp_step(modules[-1], read_n1D, Step.behind(cache.lengths, next_n1), cache)
+            made = model.mtp_step(modules[-1], read_n1D, Step.after(cache.lengths, next_n1), cache)
             depth_states.append(made.normed_BTD[:, 0])
             read_n1D = next_state(wiring, read_n1D, made)
     return found + [

@@ -22,6 +22,7 @@ import json
 import re
 import tokenize
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -106,6 +107,41 @@ def test_parameters_add_up_to_the_known_totals(family, release):
         if known is not None:
             digits = len(str(known).partition(".")[2])
             assert counted[kind] / 1e9 == pytest.approx(known, abs=0.501 * 10**-digits), kind
+
+
+WRONG_NUMBERS = (0, -1, 2, 7, 99999, 10**7, 1.5, -0.5)
+OUR_NAMES = re.compile(
+    r"\w+Config\b|\bTopK\b|\b(top_k|num_groups|groups_kept|head_width|kv_heads)\b"
+)
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED_TYPES)
+def test_an_error_about_a_config_names_the_published_key(tmp_path, model_type):
+    """Also where rules between fields or numbers computed from several are broken."""
+    published = CONFIGS[model_type]
+    for path, key in numeric_keys(published):
+        for value in WRONG_NUMBERS:
+            changed = section = deepcopy(published)
+            for part in path:
+                section = section[part]
+            section[key] = value
+            (tmp_path / "config.json").write_text(json.dumps(changed))
+            try:
+                read_config(tmp_path)
+            except CheckpointError as error:
+                said = str(error).removeprefix(f"{tmp_path}/config.json: ")
+                # a list may be too short for so many layers: then the list is named
+                assert key in said or key == "num_hidden_layers", said
+                assert not OUR_NAMES.search(said), said
+
+
+def numeric_keys(section, path=()):
+    """(path, key) of every number in a config."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from numeric_keys(value, (*path, key))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield path, key
 
 
 @pytest.mark.parametrize("model_type", sorted(NOT_YET))

@@ -193,7 +193,7 @@ def test_losses_are_those_of_the_logits_that_the_head_gives_and_so_are_their_gra
 
 
 def test_the_pieces_of_a_called_head_are_one_loss(monkeypatch):
-    monkeypatch.setattr("modeling.loss.AT_ONCE", 4)
+    monkeypatch.setattr("modeling.loss.PIECE", 4)
     model, tokens_BT = transformer(model_config(gqa())), random_tokens(2, 9)
     model.head.register_forward_hook(halve)
     states = model.hidden_states(tokens_BT)

@@ -261,7 +261,7 @@ def test_a_module_with_a_cache_equals_the_whole_for_every_way_of_cutting(config,
     x_BTD, next_BT = model.hidden_states(tokens_BT).normed_BTD[:, :-1], tokens_BT[:, 1:]
     states, bounds = [], [0, *sorted(cuts), 6]
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        step = Step.behind([start], next_BT[:, start:end])
+        step = Step.after([start], next_BT[:, start:end])
         states.append(model.mtp_step(module, x_BTD[:, start:end], step, cache).normed_BTD)
     (expected,) = model.mtp_hidden_states(model.hidden_states(tokens_BT), tokens_BT)
     close(torch.cat(states, dim=1), expected)

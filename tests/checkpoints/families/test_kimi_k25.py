@@ -205,7 +205,7 @@ def test_trap_44_the_flag_inside_text_config_does(tied):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_nextn_predict_layers": 1}, "text_config announces 1 MTP modules"),
+        ({"num_nextn_predict_layers": 1}, r"text_config.num_nextn_predict_layers = 1, expected 0"),
         ({"model_type": "deepseek_v32"}, "text_config.model_type = 'deepseek_v32'"),
         ({"hidden_size": 0}, "text_config.hidden_size = 0"),
         ({"index_topk": 2048}, "index_topk = 2048"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import YARN, gqa, plain_gqa, randomize, rope
 
 from modeling import GQAConfig, QKNormConfig, Step
-from modeling.attention.dot_product import attend, attend_with_sinks, visible
+from modeling.attention.dot_product import attend, attend_with_sinks, mask_keys
 from modeling.attention.gqa import GroupedQueryAttention
 
 D = 11
@@ -191,7 +191,7 @@ def test_attention_is_causal_when_nothing_is_cached(value_width):
 @given(placement=placements(), window=windows)
 def test_a_query_sees_its_own_position_and_those_before_as_far_as_its_window(placement, window):
     queries, keys = placement
-    seen = visible(Step(torch.tensor(queries)), keys and torch.tensor(keys), window)
+    seen = mask_keys(Step(torch.tensor(queries)), keys and torch.tensor(keys), window)
     assert seen.shape == (len(queries), 1, len(queries[0]), len((keys or queries)[0]))
     for b, row in enumerate(queries):
         for t, query in enumerate(row):
@@ -200,7 +200,7 @@ def test_a_query_sees_its_own_position_and_those_before_as_far_as_its_window(pla
 
 def test_a_window_of_three_shows_the_query_and_the_two_before_it_and_no_key_before_the_start():
     positions = Step(torch.tensor([[1, 5]]))
-    seen = visible(positions, torch.tensor([[5, -1, 0, 1, 2, 3, 4, 6]]), window=3)
+    seen = mask_keys(positions, torch.tensor([[5, -1, 0, 1, 2, 3, 4, 6]]), window=3)
     assert seen[0, 0].tolist() == [
         [False, False, True, True, False, False, False, False],  # position 1 sees 0 and 1
         [True, False, False, False, False, True, True, False],  # position 5 sees 3, 4 and 5
