@@ -171,6 +171,8 @@ class Transformer(nn.Module):
         self, module: MTPModule, state_BTD: Tensor, step: Step, cache: LayerCache | None
     ) -> States:
         """One module on states and the tokens of the step, which are embedded for it."""
+        if hasattr(module, "unshard"):  # its norm and head are called outside its forward
+            raise ValueError("an MTP module is sharded as a whole: shard its block, not the module")
         embedding_BTD = (module.embed or self.embed)(step.tokens_BT)
         embedding_BTD = embedding_BTD * self.config.embedding_multiplier
         x_BTD = module(state_BTD, embedding_BTD, step, cache)
@@ -238,9 +240,7 @@ class Transformer(nn.Module):
                 module.get_parameter(name).mul_((2 * len(self.layers)) ** -0.5)
 
 
-def draw_parameters(
-    path: str, module: nn.Module, own: Mapping[str, nn.Parameter], std: float
-) -> None:
+def draw_parameters(path: str, module: nn.Module, own: dict[str, nn.Parameter], std: float) -> None:
     """Draw the parameters that a module owns; TypeError if it does not say how they begin."""
     what, reset = f"{path}, a {type(module).__name__},", getattr(module, "reset_parameters", None)
     if reset is None or isinstance(module, Transformer):

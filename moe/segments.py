@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def is_traced(tensor: Tensor) -> bool:
-    """Whether nobody can read the values: in compile, export, vmap, on the meta device."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether values of these cannot be read: in compile, export, vmap, on the meta device."""
+    if torch.compiler.is_compiling() or any(tensor.is_meta for tensor in tensors):
         return True
     functorch = torch._C._functorch  # torch has no public name for what vmap and grad wrap
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
+    for tensor in tensors:
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                return True
+            tensor = functorch.get_unwrapped(tensor)
     return False
 
 
@@ -37,8 +38,9 @@ def product_of_segments(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Ten
 
     Rows after the last end belong to no segment; their result is undefined and may be NaN.
     """
-    if can_group(x_SI, weight_EOI) and (x_SI.dtype == torch.bfloat16 or not is_traced(x_SI)):
-        return F.grouped_mm(x_SI, weight_EOI.mT, offs=ends_E)
+    traceable = x_SI.dtype == torch.bfloat16 or not is_traced(x_SI, weight_EOI, ends_E)
+    if can_group(x_SI, weight_EOI) and traceable:
+        return F.grouped_mm(x_SI.contiguous(), weight_EOI.contiguous().mT, offs=ends_E)
     return ProductOfSegments.apply(x_SI, weight_EOI, ends_E)
 
 
@@ -76,7 +78,7 @@ def register_operation(schema: str, make_result: Operation) -> Callable[[Operati
 def multiply_segments(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """`product_of_segments` without its gradient."""
     if can_group(x_SI, weight_EOI):
-        return F.grouped_mm(x_SI, weight_EOI.mT, offs=ends_E)
+        return F.grouped_mm(x_SI.contiguous(), weight_EOI.contiguous().mT, offs=ends_E)
     y_SO, ends = x_SI.new_zeros(len(x_SI), weight_EOI.shape[1]), ends_E.tolist()
     for weight_OI, start, end in zip(weight_EOI, [0, *ends], ends, strict=False):
         y_SO[start:end] = F.linear(x_SI[start:end], weight_OI)
@@ -101,7 +103,7 @@ class ProductOfSegments(torch.autograd.Function):
 
     @staticmethod
     def forward(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-        return multiply_segments(x_SI, weight_EOI.contiguous(), ends_E)
+        return multiply_segments(x_SI, weight_EOI, ends_E)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -110,7 +112,6 @@ class ProductOfSegments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor, Tensor, None]:
         x_SI, weight_EOI, ends_E = ctx.saved_tensors
-        grad_SO = grad_SO.contiguous()
         grad_SI = ProductOfSegments.apply(grad_SO, weight_EOI.mT, ends_E)
         return grad_SI, SumOverSegments.apply(grad_SO, x_SI, ends_E), None
 

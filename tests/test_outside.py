@@ -24,7 +24,7 @@ from modeling import (
     next_token_loss,
 )
 from moe import MoEConfig, expert_load, record_routing, routers, sequence_balance_loss
-from tools.describe import description
+from tools.describe import describe_checkpoint
 
 DECAY = DecayConfig(num_heads=2, head_width=3)
 ROUTER = CosineRouterConfig(num_experts=5, slots=3, least_cosine=-0.1)
@@ -151,7 +151,7 @@ def test_its_routers_are_found_and_recorded():
 def test_commands_that_know_no_such_class_say_so_and_convert_takes_it_where_it_is_named(tmp_path):
     save_model(transformer(config(), torch.float32), tmp_path / "saved")
     with pytest.raises(CheckpointError, match="'DecayConfig' is no config of this pack"):
-        description(tmp_path / "saved")
+        describe_checkpoint(tmp_path / "saved")
     convert(tmp_path / "saved", tmp_path / "half", torch.bfloat16, classes=CLASSES, progress=False)
     loaded = load_model(tmp_path / "half", classes=CLASSES, progress=False)
     assert loaded.dtype == torch.bfloat16

@@ -1,7 +1,7 @@
 """python -m tools COMMAND: the command line. One file per command; `--help` lists them.
 
-The answer goes to stdout, everything else to stderr. Exit codes: 0, 1 (a check found something),
-2 (wrong input, one line that says what), 130 (interrupted).
+The answer goes to stdout, everything else to stderr. Exit codes: 0; 1: a check found an error;
+2: wrong input, with one line that says what is wrong; 130: interrupted.
 """
 
 import argparse
@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """Reports an error in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
@@ -44,21 +44,22 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
     try:
         code = args.run(args)
-        sys.stdout.flush()  # here, where it is caught that nobody reads on
+        sys.stdout.flush()  # here, so that a closed pipe raises BrokenPipeError inside `try`
         return code
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):
-            # whoever read stdout has closed it; keep Python from flushing into it on exit
+            # the reader of stdout has closed it: Python must not flush into it on exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {format_error(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def one_line(error: Exception) -> str:
+def format_error(error: Exception) -> str:
+    """The message of an error in one line."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())

@@ -1,8 +1,8 @@
-"""bench: how much faster a model writes with drafts, on this machine and on this kind of text.
+"""bench: how much faster a model generates with drafts, on this machine and this kind of text.
 
-Passages of a text are continued greedily with every number of drafts in turn, so that whatever else
-the machine does hits all of them alike. Speed is the ratio to plain decoding of the same passage,
-of which the median over the passages is told: one hiccup of the machine does not move it.
+Each passage of a text is continued greedily with every number of drafts in turn, so that other load
+on the machine slows all of them alike. The speedup is the ratio to plain decoding of the same
+passage. The report shows its median over the passages, which a single slow run does not change.
 """
 
 import argparse
@@ -18,18 +18,18 @@ from tqdm import tqdm
 from checkpoints import load_tokenizer
 from modeling import GenerationStatistics, Transformer, generate
 
-from .corpus import passages, read_text
-from .generate import add_loading_arguments, draft_tokens, load_asked
+from .corpus import cut_passages, read_text
+from .generate import add_loading_arguments, load_requested_model, parse_draft_tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, help="checkpoint directory with MTP modules")
-    add("text", type=Path, help="UTF-8 text, plain or .xz, to take passages from")
-    add("--draft-tokens", type=draft_tokens, nargs="+", default=[1, 2, 3, 4, "auto"])
+    add("text", type=Path, help="UTF-8 text, plain or .xz, that the passages come from")
+    add("--draft-tokens", type=parse_draft_tokens, nargs="+", default=[1, 2, 3, 4, "auto"])
     add("--passages", type=int, default=16)
-    add("--prompt-tokens", type=int, default=64, help="of each passage")
-    add("--new-tokens", type=int, default=128, help="that each is continued by")
+    add("--prompt-tokens", type=int, default=64, help="length of each passage")
+    add("--new-tokens", type=int, default=128, help="tokens to generate after each passage")
     add_loading_arguments(parser)
     add("--json", action="store_true", help="print one JSON object instead of the table")
 
@@ -41,17 +41,17 @@ def run(args: argparse.Namespace) -> int:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {getattr(args, name)}: must be >= {least}")
     tokens_N = torch.tensor(load_tokenizer(args.model).encode(read_text(args.text)))
-    prompts = passages(tokens_N, args.passages, args.prompt_tokens)
-    model = load_asked(args)
+    prompts = cut_passages(tokens_N, args.passages, args.prompt_tokens)
+    model = load_requested_model(args)
     counts: list[Count] = list(dict.fromkeys([0, *args.draft_tokens]))
-    runs = measured(model, prompts, args.new_tokens, counts)
+    runs = run_passages(model, prompts, args.new_tokens, counts)
     report = {
         "passages": len(prompts),
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
-        "runs": [described(count, runs[count], runs[0]) for count in counts],
+        "runs": [summarize_runs(count, runs[count], runs[0]) for count in counts],
     }
-    print(json.dumps(report) if args.json else table(report))
+    print(json.dumps(report) if args.json else format_table(report))
     return 0
 
 
@@ -59,12 +59,12 @@ Count = int | Literal["auto"]
 Runs = dict[Count, list[GenerationStatistics]]
 
 
-def measured(
+def run_passages(
     model: Transformer, prompts: list[list[int]], new_tokens: int, counts: list[Count]
 ) -> Runs:
     """The statistics of every passage with every number of drafts, which take turns."""
     runs: Runs = {count: [] for count in counts}
-    list(generate(model, prompts[0], min(8, new_tokens)))  # the first one warms up
+    list(generate(model, prompts[0], min(8, new_tokens)))  # warm-up, not measured
     for number, prompt in enumerate(tqdm(prompts, unit="passage", file=sys.stderr, disable=None)):
         shift = number % len(counts)
         for count in counts[shift:] + counts[:shift]:
@@ -75,12 +75,13 @@ def measured(
     return runs
 
 
-def described(
+def summarize_runs(
     count: Count, runs: list[GenerationStatistics], plain: list[GenerationStatistics]
 ) -> dict[str, Any]:
+    """The figures of one number of drafts; runs and plain: of each passage, with it and with 0."""
     ratios = [
-        own.generation_tokens_per_second / other.generation_tokens_per_second
-        for own, other in zip(runs, plain, strict=True)
+        run.generation_tokens_per_second / plain_run.generation_tokens_per_second
+        for run, plain_run in zip(runs, plain, strict=True)
     ]
     low, middle, high = quantiles(ratios, n=4, method="inclusive")
     drafted, accepted = (
@@ -101,12 +102,12 @@ def described(
     }
 
 
-def table(report: dict[str, Any]) -> str:
+def format_table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['passages']} passages of {report['prompt_tokens']} tokens, each continued by "
         f"{report['new_tokens']}, greedily",
         "",
-        "drafts  tokens/s  to plain  (quartiles)     tokens/forward  in drafting  kept by position",
+        "drafts  tokens/s   speedup  (quartiles)     tokens/forward  in drafting  acceptance",
     ]
     for row in report["runs"]:
         low, high = row["speed_ratio_quartiles"]

@@ -1,7 +1,7 @@
-"""chat: talk with a model, a line at a time; /reset begins anew, /exit ends.
+"""chat: talk with a model, one line at a time; /reset starts a new conversation, /exit ends.
 
-Ctrl-C stops an answer, of which the model remembers what it had said; at the prompt it ends the
-program.
+Ctrl-C stops an answer: the part that was printed stays in the conversation. At the prompt it ends
+the program.
 """
 
 import argparse
@@ -13,10 +13,10 @@ from modeling import Transformer, generate
 
 from .generate import (
     add_generation_arguments,
-    choices,
-    load_for,
+    load_model_for,
+    make_generation_options,
+    make_system_message,
     print_text,
-    system_message,
     text_of,
 )
 
@@ -30,22 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
-    tokenizer.templates.find()  # if there is none, to know it before the weights are read
-    model = load_for(tokenizer, args)
-    messages = system_message(args)
-    for line in lines():
+    tokenizer.templates.find()  # raises an error if there is none, before the weights are read
+    model = load_model_for(tokenizer, args)
+    messages = make_system_message(args)
+    for line in read_lines():
         if line == "/exit":
             break
         if line == "/reset":
-            messages = system_message(args)
+            messages = make_system_message(args)
         elif line:
-            asked = [*messages, {"role": "user", "content": line}]
-            messages = answered(asked, tokenizer, model, args) or messages
+            question = [*messages, {"role": "user", "content": line}]
+            messages = answer(question, tokenizer, model, args) or messages
     return 0
 
 
-def lines() -> Iterator[str]:
-    """What is typed, without the white space around it."""
+def read_lines() -> Iterator[str]:
+    """The lines that the user types, without white space at their ends."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -58,31 +58,35 @@ def lines() -> Iterator[str]:
             print(f"error: this line is not UTF-8 text ({error.reason})", file=sys.stderr)
 
 
-def answered(
-    asked: Messages, tokenizer: Tokenizer, model: Transformer, args: argparse.Namespace
+def answer(
+    messages: Messages, tokenizer: Tokenizer, model: Transformer, args: argparse.Namespace
 ) -> Messages | None:
-    """The conversation with the model's answer, printed as it comes; None if it is too long."""
+    """Print the model's answer while it is generated; return the conversation with the answer.
+
+    Prints an error and returns None if the conversation is too long for the model.
+    """
     prompt_ids: list[int] = []
     answer_ids: list[int] = []
     try:
-        prompt_ids = tokenizer.chat(asked)
+        prompt_ids = tokenizer.chat(messages)
         positions = model.config.max_length
         if len(prompt_ids) >= positions:
             print(
                 f"error: the conversation would be {len(prompt_ids)} tokens long and the model has "
-                f"{positions} positions; /reset begins a new one",
+                f"{positions} positions; /reset starts a new one",
                 file=sys.stderr,
             )
             return None
         room = min(args.max_new_tokens, positions - len(prompt_ids))
-        tokens = generate(model, prompt_ids, room, **choices(tokenizer, args))
-        print_text(tokenizer, prompt_ids, noted(tokens, answer_ids))
+        tokens = generate(model, prompt_ids, room, **make_generation_options(tokenizer, args))
+        print_text(tokenizer, prompt_ids, record_tokens(tokens, answer_ids))
     except KeyboardInterrupt:
-        pass  # it is for the answer
-    return [*asked, {"role": "assistant", "content": text_of(tokenizer, prompt_ids, answer_ids)}]
+        pass  # it stops the answer, not the program
+    return [*messages, {"role": "assistant", "content": text_of(tokenizer, prompt_ids, answer_ids)}]
 
 
-def noted(tokens: Iterable[int], into: list[int]) -> Iterator[int]:
+def record_tokens(tokens: Iterable[int], record: list[int]) -> Iterator[int]:
+    """Pass the tokens on, and append each to the record first."""
     for token in tokens:
-        into.append(token)
+        record.append(token)
         yield token

@@ -1,4 +1,4 @@
-"""convert: write a checkpoint anew: dequantised, in another dtype, in other shards."""
+"""convert: write a checkpoint again: dequantised, in another dtype or in other shards."""
 
 import argparse
 import re
@@ -23,19 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the weights; fp8: blocks of 128 x 128 with a scale each "
-        "(default: as stored, and bfloat16 for what is quantised)",
+        help="dtype of the weights; fp8: one scale for each block of 128 x 128 "
+        "(default: as stored; bfloat16 for quantised weights)",
     )
     parser.add_argument(
         "--max-shard-size",
-        type=nbytes,
+        type=parse_size,
         default="5GB",
-        help="of a weight file, and what is in memory at a time: 500MB, 5GB (default), 1TB",
+        help="largest size of a weight file; one of them is in memory at a time (default: 5GB; "
+        "others: 500MB, 1TB)",
     )
     parser.add_argument(
         "--to",
         choices=("abacus",),
-        help="write our own format, in which every model can be saved (default: as it is named)",
+        help="write our own format, which can hold every model (default: the source's format)",
     )
 
 
@@ -46,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def nbytes(text: str) -> int:
-    """A size with a unit, as a number of bytes."""
-    found = re.fullmatch(r"(\d+) *([KMGT]B)?", text.strip(), re.IGNORECASE)
-    size = int(found[1]) * UNITS[(found[2] or "").upper()] if found else 0
+def parse_size(text: str) -> int:
+    """The number of bytes of a size with a unit, such as 500MB."""
+    match = re.fullmatch(r"(\d+) *([KMGT]B)?", text.strip(), re.IGNORECASE)
+    size = int(match[1]) * UNITS[(match[2] or "").upper()] if match else 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500MB or 5GB")
     return size

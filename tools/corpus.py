@@ -1,4 +1,4 @@
-"""Text to train on: reading, holding out, the vocabulary, and which tokens each step sees.
+"""Training text: reading it, holding out a part, its vocabulary, and the tokens of each step.
 
 Shapes: N tokens of the text, B sequences, T positions.
 """
@@ -40,10 +40,10 @@ def hold_out(text: str, num_documents: int) -> tuple[str, str]:
 
 
 def train_vocabulary(text: str, num_pieces: int) -> bytes:
-    """A sentencepiece model: byte-pair pieces, bytes for what they cannot spell.
+    """A sentencepiece model of byte-pair pieces; single bytes spell all other characters.
 
-    Nothing is normalised away, so decoding gives the text back to the letter; line ends and
-    paragraph ends are pieces of their own.
+    Text is not normalised, so decoding returns it exactly. Line ends and paragraph ends are pieces
+    of their own.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -63,10 +63,10 @@ def train_vocabulary(text: str, num_pieces: int) -> bytes:
     return model.getvalue()
 
 
-def windows(num_tokens: int, length: int, seed: int, epoch: int) -> Tensor:
-    """Where each training sequence of an epoch begins, shuffled.
+def shuffle_starts(num_tokens: int, length: int, seed: int, epoch: int) -> Tensor:
+    """The positions at which an epoch's training sequences start, in random order.
 
-    The sequences tile the text from a random offset on, so every epoch cuts it elsewhere.
+    The sequences tile the text after a random offset, so every epoch cuts it at other places.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     offset = int(torch.randint(length, (), generator=generator))
@@ -74,28 +74,31 @@ def windows(num_tokens: int, length: int, seed: int, epoch: int) -> Tensor:
     return starts[torch.randperm(len(starts), generator=generator)]
 
 
-def batch(num_tokens: int, step: int, batch_size: int, length: int, seed: int) -> Tensor:
-    """Which tokens a step sees, (B, T): a pure function, so a resumed run sees the same text."""
+def choose_batch(num_tokens: int, step: int, batch_size: int, length: int, seed: int) -> Tensor:
+    """The places of a step's tokens in the text, (B, T); a resumed run gets the same ones.
+
+    Raises ValueError if the text is too short for one batch.
+    """
     per_epoch = (num_tokens - length) // length // batch_size
     if per_epoch < 1:
         raise ValueError(
             f"{num_tokens} tokens of text are too few for a batch of {batch_size} x {length}"
         )
     epoch, index = divmod(step, per_epoch)
-    starts_B = windows(num_tokens, length, seed, epoch)[index * batch_size :][:batch_size]
+    starts_B = shuffle_starts(num_tokens, length, seed, epoch)[index * batch_size :][:batch_size]
     return starts_B[:, None] + torch.arange(length)
 
 
-def passages(tokens_N: Tensor, count: int, length: int) -> list[list[int]]:
-    """Evenly spaced pieces of a text."""
+def cut_passages(tokens_N: Tensor, count: int, length: int) -> list[list[int]]:
+    """`count` evenly spaced pieces of a text, of `length` tokens each; ValueError if too short."""
     if len(tokens_N) < length:
         raise ValueError(f"{len(tokens_N)} tokens of text are too few for passages of {length}")
     starts = torch.linspace(0, len(tokens_N) - length, count).long().tolist()
     return [tokens_N[start : start + length].tolist() for start in starts]
 
 
-def packed(tokenizer: Tokenizer, text: str) -> tuple[Tensor, Tensor]:
-    """The documents of a text as one stream: its tokens, and the number of each one's document."""
+def pack_documents(tokenizer: Tokenizer, text: str) -> tuple[Tensor, Tensor]:
+    """The documents of a text as one stream: its tokens, (N,), and each token's document number."""
     documents = text.split(DOCUMENT_END)
     ends = [DOCUMENT_END] * (len(documents) - 1) + [""]
     ids = [tokenizer.encode(text + end) for text, end in zip(documents, ends, strict=True)]

@@ -1,4 +1,4 @@
-"""describe: what a checkpoint is: layers, parameters, formats, sizes; reads no weights."""
+"""describe: a checkpoint's layers, parameters, formats and sizes; reads no weights."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    facts = description(args.path)
+    facts = describe_checkpoint(args.path)
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def description(path: Path) -> dict[str, Any]:
-    """Everything that `describe` shows, as data that JSON can hold."""
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """Everything that `describe` shows, as data for JSON."""
     config = read_config(path)
     with torch.device("meta"):
         model = Transformer(config).to(torch.bfloat16)
@@ -58,23 +58,26 @@ def description(path: Path) -> dict[str, Any]:
         "of them used per token": counted["active"],
         "used, without the input embedding": counted["active_without_embedding"],
         "parameters of the MTP modules": counted["mtp"],
-        "wiring of the MTP modules": wiring_words(config.mtp),
+        "wiring of the MTP modules": describe_wiring(config.mtp),
         "bytes in memory (bfloat16)": 2 * (counted["total"] + counted["mtp"]),
         "cache bytes per token (bfloat16)": cache.bytes_per_token,
         "cache bytes that stay constant": cache.constant_bytes,
-        "with plain multi-head attention": plain_cache_bytes(config, torch.bfloat16.itemsize),
+        "with plain multi-head attention": count_plain_cache_bytes(config, torch.bfloat16.itemsize),
         "stored tensors": len(stored),
         "bytes on disk": sum(tensor.nbytes for tensor in stored.values()),
         "weights stored as": ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
-        "tokenizer": tokenizer_words(path),
+        "tokenizer": describe_tokenizer(path),
         "config keys not used": ", ".join(unread_keys(path)),
-        "layers": layer_runs(config),
+        "layers": describe_layers(config),
         "tensors": {name: [tensor.dtype, *tensor.shape] for name, tensor in stored.items()},
     }
 
 
 def count_parameters(model: Transformer) -> dict[str, int]:
-    """Parameters in all, those that one token uses, and those of the MTP modules (in neither)."""
+    """Numbers of parameters: in total, used by one token (active), and of the MTP modules.
+
+    The total and the active parameters leave the MTP modules out.
+    """
     counts = Counter[str]()
     for name, parameter in model.named_parameters():
         counts["mtp" if name.startswith("mtp.") else "total"] += parameter.numel()
@@ -90,19 +93,19 @@ def count_parameters(model: Transformer) -> dict[str, int]:
     }
 
 
-def wiring_words(mtp: MTPConfig) -> str:
-    """What `probe-mtp` would vary, and what is not shared with the main model."""
+def describe_wiring(mtp: MTPConfig) -> str:
+    """The wiring of the MTP modules, and what they do not share with the main model."""
     if not mtp.blocks:
         return "none"
     own = {"embedding": mtp.own_embedding, "head": mtp.own_head}
-    kept = "".join(f"; {name} of its own" for name, there in own.items() if there)
+    own_parts = "".join(f"; own {name}" for name, is_own in own.items() if is_own)
     return (
-        f"reads {mtp.input} states, hands on {mtp.carry} ones, {mtp.first} first, "
-        f"final norm: {mtp.final_norm}{kept}"
+        f"reads {mtp.input} states, passes on {mtp.carry} states, concatenates {mtp.first} first, "
+        f"final norm: {mtp.final_norm}{own_parts}"
     )
 
 
-def tokenizer_words(path: Path) -> str:
+def describe_tokenizer(path: Path) -> str:
     try:
         tokenizer = load_tokenizer(path)
     except CheckpointError as error:
@@ -110,27 +113,30 @@ def tokenizer_words(path: Path) -> str:
     return f"{tokenizer.vocab_size} ids, {len(tokenizer.templates.names) or 'no'} chat template(s)"
 
 
-def plain_cache_bytes(config: ModelConfig, bytes_per_number: int) -> int | None:
-    """Per token, if every head's key and value were kept; None if an attention does not say."""
-    widths = [getattr(layer.attention, "uncompressed_width", None) for layer in config.layers]
-    known = [width for width in widths if width is not None]
-    return sum(known) * bytes_per_number if len(known) == len(widths) else None
+def count_plain_cache_bytes(config: ModelConfig, bytes_per_number: int) -> int | None:
+    """Bytes per token of a cache with every head's key and value.
+
+    None if an attention config has no `uncompressed_width`.
+    """
+    all_widths = [getattr(layer.attention, "uncompressed_width", None) for layer in config.layers]
+    widths = [width for width in all_widths if width is not None]
+    return sum(widths) * bytes_per_number if len(widths) == len(all_widths) else None
 
 
-def layer_runs(config: ModelConfig) -> dict[str, str]:
-    """What the layers are, equal neighbours together; MTP modules after the main ones."""
+def describe_layers(config: ModelConfig) -> dict[str, str]:
+    """One line for each run of equal layers; the MTP modules follow the main layers."""
     runs = {}
     start = 0
     for kind, layers in (("layer", config.layers), ("mtp", config.mtp.blocks)):
         for layer, group in groupby(layers):
             end = start + len(list(group)) - 1
-            where = f"{kind} {start}" if start == end else f"{kind}s {start} to {end}"
-            runs[where] = f"{attention_words(layer)}; {feed_forward_words(layer)}"
+            name = f"{kind} {start}" if start == end else f"{kind}s {start} to {end}"
+            runs[name] = f"{describe_attention(layer)}; {describe_feed_forward(layer)}"
             start = end + 1
     return runs
 
 
-def attention_words(layer: LayerConfig) -> str:
+def describe_attention(layer: LayerConfig) -> str:
     match layer.attention:
         case MLAConfig() as mla:
             queries = f"queries from rank {mla.query_rank}, " if mla.query_rank else ""
@@ -146,35 +152,35 @@ def attention_words(layer: LayerConfig) -> str:
                 "sinks": gqa.sinks,
                 "q/k norms": gqa.qk_norm,
             }
-            there = [f", {words}" for words, holds in details.items() if holds]
+            present = [f", {words}" for words, is_present in details.items() if is_present]
             heads = f"GQA: {gqa.num_heads} heads of {gqa.head_width} over {gqa.kv_heads}"
-            return heads + "".join(there)
+            return heads + "".join(present)
         case other:
             return repr(other)
 
 
-def feed_forward_words(layer: LayerConfig) -> str:
+def describe_feed_forward(layer: LayerConfig) -> str:
     match layer.feed_forward:
         case DenseConfig(width=width):
             return f"dense feed-forward of {width}"
         case MoEConfig() as moe:
             gated = "gated " if moe.shared_gate else ""
             shared = f", {gated}shared expert of {moe.shared_width}" if moe.shared_width else ""
-            return router_words(moe.router, moe.expert_width) + shared
+            return describe_router(moe.router, moe.expert_width) + shared
         case other:
             return repr(other)
 
 
-def router_words(router: RouterConfig, width: int) -> str:
+def describe_router(router: RouterConfig, width: int) -> str:
     match router:
         case TopK() as top_k:
             kept, groups = top_k.groups_kept, top_k.num_groups
             grouped = f", {kept} of {groups} groups" if groups > 1 else ""
-            of = f"{top_k.top_k} of {top_k.num_experts} experts of {width}"
-            return f"{of} by {top_k.scoring}{grouped}"
+            experts = f"{top_k.top_k} of {top_k.num_experts} experts of {width}"
+            return f"{experts} by {top_k.scoring}{grouped}"
         case TopP() as top_p:
-            of = f"up to {top_p.max_experts} of {top_p.num_experts} experts of {width}"
-            return f"{of}, as many as reach a probability of {top_p.mass:g}"
+            experts = f"up to {top_p.max_experts} of {top_p.num_experts} experts of {width}"
+            return f"{experts}, as many as reach a probability of {top_p.mass:g}"
         case ExpertChoice() as choice:
             mean = f"{choice.capacity:g} a token on average"
             return f"{choice.num_experts} experts of {width} that choose their tokens, {mean}"

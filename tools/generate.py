@@ -1,4 +1,4 @@
-"""generate: continue a text with a model, streaming it as it comes."""
+"""generate: continue a text with a model, and print it while it is generated."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ import torch
 from checkpoints import TextStream, Tokenizer, load_model, load_tokenizer
 from modeling import GenerationStatistics, Transformer, generate
 
-from .describe import count_parameters, plain_cache_bytes
+from .describe import count_parameters, count_plain_cache_bytes
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "pretrained"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -23,16 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt", help="the text to continue; - reads it from stdin")
     source.add_argument("--prompt-file", type=Path, help="a UTF-8 file with the text to continue")
     parser.add_argument(
-        "--chat", action="store_true", help="the prompt is a message, and the text an answer to it"
+        "--chat", action="store_true", help="answer the prompt as a message of a chat"
     )
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of the text as it comes"
+        "--json", action="store_true", help="print one JSON object at the end instead of the text"
     )
     add_generation_arguments(parser)
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how its tokens are chosen."""
+    """The options that choose the model and its way to generate."""
     add = parser.add_argument
     add(
         "--model",
@@ -40,39 +40,41 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         default=SHIPPED,
         help="checkpoint directory (default: the shipped one)",
     )
-    add("--system", help="the message before the first, which says how to answer (in a chat)")
+    add("--system", help="system message of a chat, which tells the model how to answer")
     add("--max-new-tokens", "--max-tokens", type=int, default=200)
     add("--temperature", "--temp", type=float, default=0.0, help="0 (default) is greedy")
-    add("--top-k", type=int, help="draw from the k likeliest tokens only")
-    add("--top-p", type=float, help="draw from the likeliest that together reach this probability")
+    add("--top-k", type=int, help="draw from the k most likely tokens only")
+    add("--top-p", type=float, help="draw from the most likely tokens whose sum reaches this")
     add(
-        "--min-p", type=float, help="draw from those at least this share as likely as the likeliest"
+        "--min-p",
+        type=float,
+        help="draw from tokens with at least this share of the highest probability",
     )
-    add("--seed", type=int, help="makes the draws repeatable")
+    add("--seed", type=int, help="makes the random draws repeatable")
     add(
         "--draft-tokens",
-        type=draft_tokens,
+        type=parse_draft_tokens,
         default=0,
-        help="tokens the MTP modules guess per round; auto: the number that proves fastest",
+        help="tokens that the MTP modules draft per round; auto: the number measured as fastest",
     )
     add_loading_arguments(parser)
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a model is loaded: what `load_asked` reads."""
+    """The options that `load_requested_model` reads."""
     add = parser.add_argument
     add("--device", default="cpu", help="any device torch knows: cpu, cuda, cuda:1, mps ...")
-    add("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
-    add("--layers", type=int, help="load the first so many layers only, without MTP modules")
+    add("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
+    add("--layers", type=int, help="load only this many first layers, without MTP modules")
 
 
-def load_asked(args: argparse.Namespace, mtp: bool = True) -> Transformer:
-    """The model that the arguments name, on the device and in the dtype that they name."""
+def load_requested_model(args: argparse.Namespace, mtp: bool = True) -> Transformer:
+    """Load the model of the arguments, on their device and in their dtype."""
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    return load_model(args.model, usable_device(args.device), dtype, mtp, args.layers)
+    return load_model(args.model, find_device(args.device), dtype, mtp, args.layers)
 
 
-def draft_tokens(text: str) -> int | str:
+def parse_draft_tokens(text: str) -> int | str:
     try:
         return "auto" if text == "auto" else int(text)
     except ValueError:
@@ -85,29 +87,33 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     tokenizer = load_tokenizer(args.model)
     if args.chat:
-        prompt_ids = tokenizer.chat([*system_message(args), {"role": "user", "content": prompt}])
+        prompt_ids = tokenizer.chat(
+            [*make_system_message(args), {"role": "user", "content": prompt}]
+        )
     else:
         prompt_ids = tokenizer.encode(prompt)
-    model = load_for(tokenizer, args)
-    tokens = generate(model, prompt_ids, args.max_new_tokens, **choices(tokenizer, args))
+    model = load_model_for(tokenizer, args)
+    options = make_generation_options(tokenizer, args)
+    tokens = generate(model, prompt_ids, args.max_new_tokens, **options)
     if args.json:
         ids = list(tokens)
         answer = {"prompt": prompt, "text": text_of(tokenizer, prompt_ids, ids), "ids": ids}
-        print(json.dumps(answer | figures(model, tokens.statistics), ensure_ascii=False))
+        print(json.dumps(answer | collect_figures(model, tokens.statistics), ensure_ascii=False))
         return 0
     print("" if args.chat else prompt, end="", flush=True)
     print_text(tokenizer, prompt_ids, tokens)
-    print(summary(figures(model, tokens.statistics)), file=sys.stderr)
+    print(format_figures(collect_figures(model, tokens.statistics)), file=sys.stderr)
     return 0
 
 
-def system_message(args: argparse.Namespace) -> list[dict[str, str]]:
+def make_system_message(args: argparse.Namespace) -> list[dict[str, str]]:
+    """The messages that come before the first one of the user: one or none."""
     return [] if args.system is None else [{"role": "system", "content": args.system}]
 
 
-def load_for(tokenizer: Tokenizer, args: argparse.Namespace) -> Transformer:
-    """The model that the arguments ask for, if the tokenizer can be its own."""
-    model = load_asked(args, mtp=args.draft_tokens != 0)
+def load_model_for(tokenizer: Tokenizer, args: argparse.Namespace) -> Transformer:
+    """Load the model of the arguments; ValueError if it has fewer ids than the tokenizer."""
+    model = load_requested_model(args, mtp=args.draft_tokens != 0)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{args.model}: the tokenizer has {tokenizer.vocab_size} ids and the model "
@@ -116,8 +122,8 @@ def load_for(tokenizer: Tokenizer, args: argparse.Namespace) -> Transformer:
     return model
 
 
-def choices(tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, Any]:
-    """How `generate` chooses tokens and when it stops."""
+def make_generation_options(tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `generate` about choosing tokens, stopping and drafting."""
     return {
         "temperature": args.temperature,
         "top_k": args.top_k,
@@ -130,7 +136,7 @@ def choices(tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_text(tokenizer: Tokenizer, prompt_ids: list[int], tokens: Iterable[int]) -> None:
-    """Print what continues the prompt, as it comes; what came before an interruption, too."""
+    """Print tokens after the prompt while they are generated; an interruption loses none."""
     stream = TextStream(tokenizer, prompt_ids)
     try:
         for token in tokens:
@@ -152,36 +158,37 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise ValueError(f"the prompt is not UTF-8 text ({error.reason})") from None
 
 
-def usable_device(name: str) -> torch.device:
-    """A device that tensors can be made on, or an error that lists those that there are."""
+def find_device(name: str) -> torch.device:
+    """The device of this name; ValueError, with the available devices, if it cannot be used."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device).cpu()  # "meta" makes tensors too, with nothing in them
+        torch.empty(0, device=device).cpu()  # .cpu() fails on "meta", whose tensors have no data
     except (RuntimeError, AssertionError, NotImplementedError):
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        there = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
-        raise ValueError(f"--device {name}: not available here; there is {there}") from None
+        devices = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
+        raise ValueError(f"--device {name}: not available; available: {devices}") from None
     return device
 
 
 def text_of(tokenizer: Tokenizer, prompt_ids: list[int], ids: list[int]) -> str:
+    """The text of the ids as a continuation of the prompt."""
     stream = TextStream(tokenizer, prompt_ids)
     return "".join([stream.push(token) for token in ids] + [stream.finish()])
 
 
-def figures(model: Transformer, statistics: GenerationStatistics) -> dict[str, Any]:
-    """What the run did and cost."""
-    counted = count_parameters(model)
+def collect_figures(model: Transformer, statistics: GenerationStatistics) -> dict[str, Any]:
+    """The sizes, counts and times that --json prints beside the text."""
+    parameters = count_parameters(model)
     return {
-        "total_parameters": counted["total"],
-        "active_parameters": counted["active"],
+        "total_parameters": parameters["total"],
+        "active_parameters": parameters["active"],
         "prompt_tokens": statistics.prompt_tokens,
         "prompt_tokens_per_second": round(statistics.prompt_tokens_per_second, 1),
         "generated_tokens": statistics.generated_tokens,
         "generation_tokens_per_second": round(statistics.generation_tokens_per_second, 1),
         "cache_bytes_per_token": statistics.cache_bytes_per_token,
         "cache_constant_bytes": statistics.cache_constant_bytes,
-        "plain_attention_cache_bytes_per_token": plain_cache_bytes(
+        "plain_attention_cache_bytes_per_token": count_plain_cache_bytes(
             model.config, model.dtype.itemsize
         ),
         "forwards": statistics.forwards,
@@ -194,7 +201,8 @@ def figures(model: Transformer, statistics: GenerationStatistics) -> dict[str, A
     }
 
 
-def summary(figures: dict[str, Any]) -> str:
+def format_figures(figures: dict[str, Any]) -> str:
+    """The summary that follows a text, as several lines."""
     constant = figures["cache_constant_bytes"]
     plain = figures["plain_attention_cache_bytes_per_token"]
     lines = [
@@ -209,15 +217,15 @@ def summary(figures: dict[str, Any]) -> str:
         + (f"; plain multi-head attention: {plain:,}" if plain is not None else ""),
     ]
     if any(figures["drafted_tokens"]):
-        lines += draft_lines(figures)
+        lines += format_draft_figures(figures)
     return "\n" + "\n".join(lines)
 
 
-def draft_lines(figures: dict[str, Any]) -> list[str]:
-    """What the MTP modules guessed, position by position, what was kept, and what it saved."""
+def format_draft_figures(figures: dict[str, Any]) -> list[str]:
+    """Drafted and accepted tokens of each position, saved forwards, and seconds."""
     drafted, accepted = figures["drafted_tokens"], figures["accepted_tokens"]
-    pairs = [(kept, made) for kept, made in zip(accepted, drafted, strict=True) if made]
-    shares = ", ".join(f"{kept} of {made} ({100 * kept / made:.0f} %)" for kept, made in pairs)
+    pairs = [(a, d) for a, d in zip(accepted, drafted, strict=True) if d]
+    shares = ", ".join(f"{a} of {d} ({100 * a / d:.0f} %)" for a, d in pairs)
     forwards, saved = figures["forwards"], figures["forwards_saved"]
     return [
         f"drafts       accepted by position: {shares}",

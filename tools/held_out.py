@@ -1,4 +1,4 @@
-"""What a trained model does on text that it has not seen: bits per byte, expert load, drafts.
+"""Measures a trained model on text that it was not trained on: bits per byte, load, drafts.
 
 Shapes: N tokens of the text, B rows, T positions.
 """
@@ -12,15 +12,15 @@ from torch import Tensor
 from modeling import Transformer, generate, next_token_loss
 from moe import expert_load, record_routing
 
-from .corpus import passages
+from .corpus import cut_passages
 
-NUM_PROMPTS, MAX_PROMPT = 32, 96  # each is continued by as many tokens as it has
+NUM_PROMPTS, MAX_PROMPT = 32, 96  # tokens of a prompt, and as many tokens to generate after it
 
 
-def held_out_report(model: Transformer, tokens_N: Tensor, num_bytes: int) -> dict[str, Any]:
-    """Every figure, for a text of this many bytes."""
+def measure_held_out(model: Transformer, tokens_N: Tensor, num_bytes: int) -> dict[str, Any]:
+    """All figures, for a text of these tokens and this many UTF-8 bytes."""
     with record_routing(model) as routings:
-        bits = bits_per_byte(model, tokens_N, num_bytes)
+        bits = measure_bits_per_byte(model, tokens_N, num_bytes)
     loads = {layer: expert_load(routing) for layer, routing in routings.items()}
     report: dict[str, Any] = {
         "held_out_bits_per_byte": round(bits, 4),
@@ -30,20 +30,21 @@ def held_out_report(model: Transformer, tokens_N: Tensor, num_bytes: int) -> dic
             for layer, load in loads.items()
         },
     }
-    routed_alone = not any(getattr(m, "sees_other_tokens", False) for m in model.modules())
-    if model.mtp and routed_alone:
-        drafted, accepted = draft_acceptance(model, tokens_N)
+    can_generate = not any(getattr(m, "sees_other_tokens", False) for m in model.modules())
+    if model.mtp and can_generate:
+        drafted, accepted = count_drafts(model, tokens_N)
         report |= {"drafted": drafted, "accepted": accepted}
         report["draft_acceptance"] = round(accepted / max(1, drafted), 4)
     return report
 
 
 @torch.no_grad()
-def bits_per_byte(model: Transformer, tokens_N: Tensor, num_bytes: int) -> float:
-    """-log2 of the probability of the text, per byte of it, read in pieces of the model's length.
+def measure_bits_per_byte(model: Transformer, tokens_N: Tensor, num_bytes: int) -> float:
+    """-log2 of the probability of the text, divided by its bytes.
 
-    Each piece starts from nothing with the last token of the one before it, so every token but the
-    very first is predicted once. (MTP modules read along, for the record of their routing.)
+    The model reads pieces of its maximal length, without context before a piece. Each piece starts
+    with the last token of the piece before it, so every token but the first of the text is
+    predicted once. The MTP modules read the text too, so that their routing is recorded.
     """
     nats, length = 0.0, model.config.max_length
     for start in range(0, len(tokens_N) - 1, length - 1):
@@ -55,11 +56,11 @@ def bits_per_byte(model: Transformer, tokens_N: Tensor, num_bytes: int) -> float
     return nats / math.log(2) / num_bytes
 
 
-def draft_acceptance(model: Transformer, tokens_N: Tensor) -> tuple[int, int]:
-    """Drafts made and accepted in greedy continuations of evenly spaced passages, one at a time."""
+def count_drafts(model: Transformer, tokens_N: Tensor) -> tuple[int, int]:
+    """(drafted, accepted) tokens in greedy continuations of passages, with one draft per round."""
     drafted = accepted = 0
     length = min(MAX_PROMPT, model.config.max_length // 2, len(tokens_N))
-    for prompt in passages(tokens_N, NUM_PROMPTS, length):
+    for prompt in cut_passages(tokens_N, NUM_PROMPTS, length):
         generation = generate(model, prompt, length, draft_tokens=1)
         for _ in generation:
             pass

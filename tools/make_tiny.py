@@ -1,10 +1,10 @@
 """make-tiny: write a small, seeded random checkpoint of a family in its published layout.
 
-For tests and for trying tools: everything that a published checkpoint has, in a few hundred
-kilobytes: config.json, several weight shards with their index, MTP modules where the family has
-them, a sentencepiece tokenizer. All values are finite, and none is a default: norms, biases and
-selection biases are random too, so that leaving one out shows. What is tiny about each family
-stands in `tiny/`, one config.json each, with every mechanism that the family has.
+For tests and for trying the tools. A checkpoint has everything that a published one has, in a few
+hundred kilobytes: config.json, several weight shards with their index, MTP modules where the family
+has them, and a sentencepiece tokenizer. All values are finite and random, also those of norms,
+biases and selection biases, so that a result differs if one of them is left out. `tiny/` holds the
+config.json of each family: small sizes, but every mechanism of the family.
 """
 
 import argparse
@@ -40,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write_tiny(family: str, path: Path, seed: int = 0, **changes: Any) -> None:
-    """A tiny checkpoint at `path`; `changes` to its config.json keys."""
+    """Write a tiny checkpoint at `path`; `changes` replace keys of its config.json.
+
+    Raises CheckpointError if `path` exists.
+    """
     if path.exists():
         raise CheckpointError(f"{path}: exists already; remove it or choose another path")
     config = CONFIGS[family] | changes
@@ -49,18 +52,21 @@ def write_tiny(family: str, path: Path, seed: int = 0, **changes: Any) -> None:
         file.write_text(json.dumps(config))
         model = Transformer(read_config(file))
     randomize(model, seed)
-    fresh = path.with_name(path.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    save_model(model, fresh, max_shard_bytes=200_000)
-    vocabulary = train_vocabulary(WORDS, model.config.vocab_size)
-    (fresh / "tokenizer.model").write_bytes(vocabulary)
-    fresh.rename(path)
+    partial = path.with_name(path.name + ".new")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(model, partial, max_shard_bytes=200_000)
+    vocabulary = train_vocabulary(SAMPLE_TEXT, model.config.vocab_size)
+    (partial / "tokenizer.model").write_bytes(vocabulary)
+    partial.rename(path)
 
 
 @torch.no_grad()
 def randomize(model: Transformer, seed: int) -> None:
-    """Draw every parameter and selection bias: matrices so that activations keep their size, the
-    rest around where it begins, norms at 1 and biases at 0."""
+    """Draw every parameter and selection bias from a seed.
+
+    Matrices are scaled so that activations keep their size. The others are drawn around their
+    initial values: norms around 1, biases around 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     for tensor in model.state_dict().values():
         drawn = torch.randn(tensor.shape, generator=generator)
@@ -70,7 +76,7 @@ def randomize(model: Transformer, seed: int) -> None:
             tensor.copy_(tensor.mean().round() + drawn / 4)
 
 
-WORDS = """\
+SAMPLE_TEXT = """\
 Once upon a time there lived an old king who had three sons and a garden with a golden tree.
 Every night one apple was stolen, and every morning the king was sadder than the day before.
 So the eldest son said: let me watch tonight, father, and I shall catch the thief.

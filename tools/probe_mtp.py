@@ -1,8 +1,8 @@
-"""probe-mtp: which wiring a model's MTP modules were trained with, by how good their drafts are.
+"""probe-mtp: find the wiring that MTP modules were trained with, by the quality of their drafts.
 
-At every position of a text the modules draft as if it ended there, and a draft counts as accepted
-if it is what the model itself finds likeliest at that place of the text. Whatever `config.json`
-says, all wirings of `MTPConfig.input` and `MTPConfig.carry` are tried on one pass of the model.
+At every position of a text the modules draft as if the text ended there. A draft counts as accepted
+if it is the token that the model itself finds most likely at that place. One pass of the model
+tries every combination of `MTPConfig.input` and `MTPConfig.carry`, whatever `config.json` says.
 
 Shapes: B rows of a batch (1 here), N tokens of the text, n positions of one piece of it, K draft
 positions, V vocabulary.
@@ -26,20 +26,24 @@ from checkpoints import load_tokenizer
 from modeling import MTPConfig, Transformer, forced_states
 
 from .corpus import read_text
-from .generate import add_loading_arguments, load_asked
+from .generate import add_loading_arguments, load_requested_model
 
 INPUTS, CARRIES = ("normed", "raw"), ("normed", "raw", "main")
-NEAR_ZERO = 0.1  # of first drafts; half of the least that is reported of any trained head
-NOTICEABLE = 3.0  # standard errors
+MIN_ACCEPTANCE = 0.1  # of first drafts; half of the lowest value reported for a trained head
+MIN_STANDARD_ERRORS = 3.0  # a smaller difference between two wirings is not reported
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, help="checkpoint directory with MTP modules")
-    add("text", type=Path, help="UTF-8 text, plain or .xz, of the kind the model is for")
-    add("--draft-tokens", type=int, default=4, help="draft positions to measure")
-    add("--max-tokens", type=int, default=4096, help="of the text, from its beginning")
-    add("--piece", type=int, default=512, help="tokens of text that are read at once")
+    add(
+        "text",
+        type=Path,
+        help="UTF-8 text, plain or .xz, of the kind that the model was trained for",
+    )
+    add("--draft-tokens", type=int, default=4, help="number of draft positions to measure")
+    add("--max-tokens", type=int, default=4096, help="read only this many first tokens of the text")
+    add("--piece", type=int, default=512, help="tokens that one forward reads")
     add_loading_arguments(parser)
     add("--json", action="store_true", help="print one JSON object instead of the table")
 
@@ -53,38 +57,40 @@ def run(args: argparse.Namespace) -> int:
     least = args.draft_tokens + 2
     if len(tokens_N) < least:
         raise ValueError(f"{args.text}: {len(tokens_N)} tokens of text, at least {least} needed")
-    model = load_asked(args)
+    model = load_requested_model(args)
     if not model.mtp:
         raise ValueError(f"{args.model}: has no MTP modules to probe")
     piece, own = min(args.piece, model.config.max_length), model.config.mtp
     if piece < least:
         raise ValueError(f"pieces of {piece} tokens are too short: at least {least} needed")
-    results = probe(model, tokens_N, args.draft_tokens, piece)
+    results = probe_wirings(model, tokens_N, args.draft_tokens, piece)
 
-    def worth(result: Result) -> tuple[float, bool, bool]:
-        """Of equals the one that is used, or that changes less."""
+    def rank(result: Result) -> tuple[float, bool, bool]:
+        """Between equal results, prefer the configured wiring, then one with the same carry."""
         wiring = result.wiring
         return result.tokens_per_forward, wiring == own, wiring.carry == own.carry
 
-    best = max(results, key=worth)
+    best = max(results, key=rank)
     warn(results, best, own)
     report = {
         "tokens": len(tokens_N),
         "piece": piece,
         "modules": len(model.mtp),
-        "wirings": [described(result, best, own) for result in results],
+        "wirings": [summarize_result(result, best, own) for result in results],
     }
-    print(json.dumps(report) if args.json else table(report))
+    print(json.dumps(report) if args.json else format_table(report))
     return 0
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one wiring's drafts were worth."""
+    """Which drafts of one wiring were accepted."""
 
     wiring: MTPConfig
-    hits_KN: Tensor  # which drafts were accepted; none at the ends of pieces
-    counts_K: Tensor  # how many there were
+    hits_KN: (
+        Tensor  # True: the draft was accepted; False also at the ends of pieces, without drafts
+    )
+    counts_K: Tensor  # number of drafts
 
     @property
     def acceptance(self) -> list[float]:
@@ -92,13 +98,13 @@ class Result:
 
     @property
     def tokens_per_forward(self) -> float:
-        """If drafts of each position were accepted independently of those before."""
+        """Expected tokens, if each draft is accepted independently of those before it."""
         return sum(accumulate(self.acceptance, mul, initial=1.0))
 
-    def behind(self, best: "Result") -> float:
-        """How far the drafts accepted are behind another wiring's, in standard errors.
+    def standard_errors_behind(self, best: "Result") -> float:
+        """How many fewer drafts were accepted than with another wiring, in standard errors.
 
-        Position by position, so that what is hard for both does not blur the difference.
+        Compares the two at each position, so that places that are hard for both cancel out.
         """
         difference_N = (best.hits_KN.int() - self.hits_KN.int()).sum(dim=0).double()
         spread = difference_N.square().sum().sqrt().item()
@@ -106,8 +112,8 @@ class Result:
 
 
 @torch.no_grad()
-def probe(model: Transformer, tokens_N: Tensor, depths: int, piece: int) -> list[Result]:
-    """Every combination of input and carry over the text, cut into pieces that start anew."""
+def probe_wirings(model: Transformer, tokens_N: Tensor, depths: int, piece: int) -> list[Result]:
+    """Measure every combination of input and carry on the text, cut into independent pieces."""
     wirings = [
         replace(model.config.mtp, input=state, carry=carry)
         for state, carry in product(INPUTS, CARRIES)
@@ -119,20 +125,21 @@ def probe(model: Transformer, tokens_N: Tensor, depths: int, piece: int) -> list
         tokens_Bn = tokens_n[None]
         states = model.hidden_states(tokens_Bn)
         own_n = model.logits(states.normed_BTD[0]).argmax(dim=-1)
-        for found, wiring in zip(hits, wirings, strict=True):
-            drafts = forced_drafts(model, forced_states(model, states, tokens_Bn, depths, wiring))
+        for wiring_hits, wiring in zip(hits, wirings, strict=True):
+            drafts = choose_drafts(model, forced_states(model, states, tokens_Bn, depths, wiring))
             hits_Kn = torch.zeros(depths, len(tokens_n), dtype=torch.bool)
             for depth, draft_n in enumerate(drafts, start=1):
                 hits_Kn[depth - 1, : len(draft_n)] = draft_n == own_n[depth:]
-            found.append(hits_Kn)
+            wiring_hits.append(hits_Kn)
         counts_K += torch.tensor([max(0, len(tokens_n) - k) for k in range(1, depths + 1)])
     return [
-        Result(wiring, torch.cat(found, dim=1), counts_K)
-        for wiring, found in zip(wirings, hits, strict=True)
+        Result(wiring, torch.cat(wiring_hits, dim=1), counts_K)
+        for wiring, wiring_hits in zip(wirings, hits, strict=True)
     ]
 
 
-def forced_drafts(model: Transformer, depths: list[Tensor]) -> list[Tensor]:
+def choose_drafts(model: Transformer, depths: list[Tensor]) -> list[Tensor]:
+    """The draft of each position, (n,), at each depth; depths: of `forced_states`, (1, n, D)."""
     modules = model.mtp_modules
     return [
         model.logits(normed_BnD[0], modules[min(k, len(modules) - 1)]).argmax(dim=-1)
@@ -141,42 +148,42 @@ def forced_drafts(model: Transformer, depths: list[Tensor]) -> list[Tensor]:
 
 
 def warn(results: list[Result], best: Result, configured: MTPConfig) -> None:
-    """Say what the table means where it means trouble."""
+    """Warn if the drafts show an error in loading or in the configured wiring."""
     highest = max(result.acceptance[0] for result in results)
-    if highest < NEAR_ZERO:
+    if highest < MIN_ACCEPTANCE:
         warnings.warn(
             f"at most {100 * highest:.1f} % of first drafts are accepted: the head is probably not "
-            "loaded, or reads behind the wrong norm",
+            "loaded, or it reads the output of the wrong norm",
             stacklevel=2,
         )
         return
     (own,) = [result for result in results if result.wiring == configured]
-    if own.behind(best) > NOTICEABLE:
+    if own.standard_errors_behind(best) > MIN_STANDARD_ERRORS:
         warnings.warn(
-            f"the model is wired otherwise than its drafts are best: write "
+            f"another wiring than the configured one gives better drafts: to use it, write "
             f'"mtp_input": "{best.wiring.input}", "mtp_carry": "{best.wiring.carry}" into '
-            "config.json to use what is",
+            "config.json",
             stacklevel=2,
         )
 
 
-def described(result: Result, best: Result, configured: MTPConfig) -> dict[str, Any]:
+def summarize_result(result: Result, best: Result, configured: MTPConfig) -> dict[str, Any]:
     return {
         "input": result.wiring.input,
         "carry": result.wiring.carry,
         "acceptance": [round(share, 4) for share in result.acceptance],
         "tokens_per_forward": round(result.tokens_per_forward, 3),
-        "standard_errors_behind_best": round(result.behind(best), 1),
+        "standard_errors_behind_best": round(result.standard_errors_behind(best), 1),
         "configured": result.wiring == configured,
     }
 
 
-def table(report: dict[str, Any]) -> str:
+def format_table(report: dict[str, Any]) -> str:
     depths = range(1, len(report["wirings"][0]["acceptance"]) + 1)
     head = "input   carry  " + "".join(f"  draft {k:<2}" for k in depths)
     lines = [
-        f"{report['tokens']:,} tokens of text, {report['piece']} at once; accepted are the drafts "
-        "that the model itself finds likeliest",
+        f"{report['tokens']:,} tokens of text, {report['piece']} at once; a draft is accepted if "
+        "the model itself finds it most likely",
         "",
         head + "  tokens/forward  standard errors behind the best",
     ]

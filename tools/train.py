@@ -1,17 +1,17 @@
 """train: the plain loop that made the shipped model.
 
-One step: next-token loss + MTP loss + a small sequence-wise balance loss, AdamW, then the
-auxiliary-loss-free update of every router's selection bias (MTP modules included). Documents are
-packed one behind the other and may see each other (DeepSeek-V3, section 4.1), but no MTP module is
-asked for a token of another document. With --only-mtp the modules are trained on a model that stays
-as it is.
+The loss of a step is the sum of the next-token loss, the MTP loss and a small sequence-wise balance
+loss. AdamW updates the weights; then every router's selection bias is updated without a loss, in
+MTP modules too. Documents are packed one after the other, and attention may cross their borders
+(DeepSeek-V3, section 4.1), but no MTP module has to predict a token of another document. With
+--only-mtp the modules are trained, and the rest of the model does not change.
 
-The learning rate warms up, stays, and falls linearly to zero over the last steps. A run can be
-given another end from any checkpoint before its fall, and a finished one can be lengthened: its
-learning rate then rises again and falls once more.
+The learning rate warms up, stays constant, and falls linearly to zero over the last steps. From any
+checkpoint before this fall, a run can be continued with another end. A finished run can be
+lengthened: its learning rate then rises again and falls once more.
 
-A run resumes bit for bit: what a step sees is a function of (seed, step) alone, and a checkpoint
-holds everything else.
+A resumed run equals an uninterrupted one bit for bit: the tokens of a step depend on (seed, step)
+only, and a checkpoint holds everything else.
 
 Shapes: B sequences, T positions, D model width, N tokens.
 """
@@ -37,16 +37,16 @@ from moe import (
     updated_selection_bias,
 )
 
-from .corpus import batch, hold_out, packed, read_text
-from .generate import usable_device
-from .held_out import held_out_report
+from .corpus import choose_batch, hold_out, pack_documents, read_text
+from .generate import find_device
+from .held_out import measure_held_out
 from .training_state import (
-    checkpoints_in,
-    keep_lines,
-    restore,
+    find_checkpoints,
+    load_start_weights,
+    make_tokenizer,
+    restore_checkpoint,
     save_checkpoint,
-    take_over,
-    vocabulary,
+    truncate_log,
     write_model,
 )
 
@@ -62,17 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--config",
         type=Path,
-        help="config.json of the model, in its family's published spelling (default: that of "
-        "--start-from)",
+        help="config.json of the model, with the keys that its family publishes (default: that "
+        "of --start-from)",
     )
     add(
         "--start-from",
         type=Path,
-        help="checkpoint directory to go on from; MTP modules that it has not begin at random",
+        help="checkpoint directory whose weights training starts from; MTP modules that it lacks "
+        "start at random",
     )
-    add(
-        "--only-mtp", action="store_true", help="train the MTP modules, and leave the rest as it is"
-    )
+    add("--only-mtp", action="store_true", help="train the MTP modules and change nothing else")
     add(
         "--out",
         type=Path,
@@ -85,75 +84,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decay-steps",
         type=int,
         default=0,
-        help="the last so many steps: the learning rate falls to zero",
+        help="number of last steps in which the learning rate falls to zero",
     )
-    add("--batch-size", type=int, default=8, help="sequences a step")
+    add("--batch-size", type=int, default=8, help="sequences per step")
     add("--sequence-length", type=int, default=512)
     add("--learning-rate", type=float, default=2e-3)
-    add("--weight-decay", type=float, default=0.1, help="of matrices; norms have none")
+    add("--weight-decay", type=float, default=0.1, help="for matrices; norms and biases have none")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add(
         "--mtp-weight",
         type=float,
         nargs="+",
         default=[0.3],
-        help="of the MTP losses together, or one for each depth",
+        help="weight of the MTP loss: one number, shared by all depths, or one for each depth",
     )
     add(
         "--mtp-share",
         type=float,
         default=1.0,
-        help="of the positions that the MTP losses look at; fewer are faster",
+        help="share of positions at which the MTP losses are computed; a smaller one is faster",
     )
-    add("--balance-weight", type=float, default=1e-4, help="of the sequence-wise balance loss")
-    add("--bias-rate", type=float, default=1e-3, help="step of the selection bias")
+    add("--balance-weight", type=float, default=1e-4, help="weight of the sequence-wise loss")
+    add("--bias-rate", type=float, default=1e-3, help="step size of the selection bias")
     add("--initial-std", type=float, default=0.02)
-    add("--hold-out", type=int, default=2, help="documents at the end of the text never trained on")
+    add("--hold-out", type=int, default=2, help="number of last documents that are not trained on")
     add("--seed", type=int, default=0)
     add(
         "--precision",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of matrix products; bfloat16 pays where the processor has instructions for it",
+        help="of matrix products; bfloat16 is faster on processors with instructions for it",
     )
     add("--device", default="cpu", help="any device torch knows: cpu, cuda, mps ...")
     add(
         "--to",
         choices=("abacus",),
-        help="write the trained model in our own format (default: as the family publishes it)",
+        help="write the trained model in our own format (default: the format of its family)",
     )
     add("--save-every", type=int, default=250, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
 
 
 def run(args: argparse.Namespace) -> int:
-    check(args)
-    device = usable_device(args.device)
-    settings, schedule = comparable(args), (args.steps - args.decay_steps, args.steps)
-    newest = next(reversed(checkpoints_in(args.out)), None)
+    check_settings(args)
+    device = find_device(args.device)
+    settings, schedule = collect_fixed_settings(args), (args.steps - args.decay_steps, args.steps)
+    newest = next(reversed(find_checkpoints(args.out)), None)
     if newest is not None and not args.resume:
-        raise ValueError(f"{args.out}: holds {newest.name}; add --resume, or choose another --out")
+        raise ValueError(f"{args.out}: has {newest.name}; add --resume, or choose another --out")
     if newest is None and args.resume:
-        raise ValueError(f"{args.out}: holds no checkpoint to resume from")
-    model, stored_dtypes = prepared(args, device)
+        raise ValueError(f"{args.out}: has no checkpoint to resume from")
+    model, stored_dtypes = prepare_model(args, device)
     args.out.mkdir(parents=True, exist_ok=True)
     training_text, held_out_text = hold_out(read_text(args.text), args.hold_out)
     if args.start_from is None:
-        tokenizer = vocabulary(args.out, training_text, model.config.vocab_size)
+        tokenizer = make_tokenizer(args.out, training_text, model.config.vocab_size)
     else:
         tokenizer = load_tokenizer(args.start_from)
-    tokens_N, documents_N = packed(tokenizer, training_text)
-    held_out_N, _ = packed(tokenizer, held_out_text)
+    tokens_N, documents_N = pack_documents(tokenizer, training_text)
+    held_out_N, _ = pack_documents(tokenizer, held_out_text)
     if len(held_out_N) < 4:
-        raise ValueError(f"{args.text}: {len(held_out_N)} tokens are held out: too few to judge by")
+        raise ValueError(f"{args.text}: {len(held_out_N)} tokens are held out, too few to measure")
     optimizer = make_optimizer(model, args.weight_decay)
     first_step = 0
     if newest is not None:
-        first_step = restore(newest, model, optimizer, settings, schedule)
+        first_step = restore_checkpoint(newest, model, optimizer, settings, schedule)
         if first_step > args.steps:
-            raise ValueError(f"{newest}: is beyond --steps {args.steps}")
+            raise ValueError(f"{newest}: its step is larger than --steps {args.steps}")
     log_path = args.out / "log.jsonl"
-    keep_lines(log_path, first_step)
+    truncate_log(log_path, first_step)
     progress = tqdm(
         total=args.steps, initial=first_step, unit="step", file=sys.stderr, disable=None
     )
@@ -161,9 +160,9 @@ def run(args: argparse.Namespace) -> int:
         for step in range(first_step, args.steps):
             started = time.perf_counter()
             sizes = args.batch_size, args.sequence_length
-            places_BT = batch(len(tokens_N), step, *sizes, args.seed)
-            text = tokens_N[places_BT].to(device), documents_N[places_BT].to(device)
-            figures = train_step(model, optimizer, *text, step, args)
+            places_BT = choose_batch(len(tokens_N), step, *sizes, args.seed)
+            tokens_BT, documents_BT = (x_N[places_BT].to(device) for x_N in (tokens_N, documents_N))
+            figures = train_step(model, optimizer, tokens_BT, documents_BT, step, args)
             figures |= {"step": step, "seconds": round(time.perf_counter() - started, 4)}
             log.write(json.dumps(figures) + "\n")
             progress.set_postfix(loss=f"{figures['loss']:.3f}")
@@ -174,35 +173,35 @@ def run(args: argparse.Namespace) -> int:
     final = write_model(args.out, model, stored_dtypes, args.start_from, args.to)
     written = load_model(final, device, torch.float32, progress=False)
     report = {"steps": args.steps, "tokens": args.steps * args.batch_size * args.sequence_length}
-    report |= held_out_report(written, held_out_N, len(held_out_text.encode()))
+    report |= measure_held_out(written, held_out_N, len(held_out_text.encode()))
     print(json.dumps(report, indent=2))
     return 0
 
 
-def prepared(
+def prepare_model(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[Transformer, dict[str, torch.dtype]]:
-    """The model before its first step, and the dtypes of what it starts from, as `take_over`."""
+    """The model before its first step, and the stored dtypes that `load_start_weights` returns."""
     if args.start_from is None:
-        there, config = None, read_config(args.config)
+        start_model, config = None, read_config(args.config)
     else:
-        there = load_model(args.start_from)
-        config = there.config if args.config is None else read_config(args.config)
+        start_model = load_model(args.start_from)
+        config = start_model.config if args.config is None else read_config(args.config)
     model, stored_dtypes = Transformer(config), {}
     model.initialize(args.initial_std, args.seed)
-    if there is not None:
-        stored_dtypes = take_over(model, there, args.start_from)
+    if start_model is not None:
+        stored_dtypes = load_start_weights(model, start_model, args.start_from)
     if args.only_mtp:
         if not model.mtp:
             raise ValueError("--only-mtp: there are no MTP modules; give a --config that has some")
         model.requires_grad_(False).mtp.requires_grad_(True)
-    depth_weights(args, len(model.mtp))
-    plan_checkpoint(model, to=args.to)  # what could not be saved is refused before it is trained
+    split_mtp_weight(args, len(model.mtp))  # these two raise errors now, not after the training
+    plan_checkpoint(model, to=args.to)
     return model.to(device), stored_dtypes
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse settings that cannot be meant, before any work is done."""
+def check_settings(args: argparse.Namespace) -> None:
+    """Raise ValueError for a setting outside its range or without another that it needs."""
     counts = ("steps", "batch_size", "save_every")
     rules = [(name, getattr(args, name) >= 1, "at least 1") for name in counts]
     rules += [
@@ -220,9 +219,9 @@ def check(args: argparse.Namespace) -> None:
         ("hold_out", args.hold_out >= 1, "at least 1"),
     ]
     if args.config is None and args.start_from is None:
-        raise ValueError("--config or --start-from is needed: what is the model to be?")
+        raise ValueError("--config or --start-from is needed, to define the model")
     if args.only_mtp and args.start_from is None:
-        raise ValueError("--only-mtp needs --start-from: what do the modules belong to?")
+        raise ValueError("--only-mtp needs --start-from, the model of the modules")
     for name, holds, rule in rules:
         if not holds:
             flag = "--" + name.replace("_", "-")
@@ -237,24 +236,28 @@ def train_step(
     step: int,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """One update of the weights and of the selection biases; returns what the log shows."""
+    """Update the weights and the selection biases once; return the figures for the log.
+
+    tokens_BT: ids; documents_BT: the number of each token's document. ValueError if the loss is not
+    finite.
+    """
     rate = learning_rate(args, step)
     in_bfloat16 = args.precision == "bfloat16"
-    reduced = torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=in_bfloat16)
-    with record_routing(model) as routings, reduced:
+    autocast = torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=in_bfloat16)
+    with record_routing(model) as routings, autocast:
         states = model.hidden_states(tokens_BT)
         loss = next_token_loss(states.normed_BTD, model.head, tokens_BT)
-        further = torch.zeros_like(loss)
+        loss_of_mtp = torch.zeros_like(loss)
         if model.mtp:
-            further = mtp_loss(
+            loss_of_mtp = mtp_loss(
                 model.mtp_hidden_states(states, tokens_BT),
                 model.mtp_heads,
                 tokens_BT,
-                depth_weights(args, len(model.mtp)),
+                split_mtp_weight(args, len(model.mtp)),
                 share_of_positions(tokens_BT, args.mtp_share, step),
                 documents_BT,
             )
-        total = loss + further
+        total = loss + loss_of_mtp
         balance = sum(sequence_balance_loss(r, len(tokens_BT)) for r in routings.values())
         total = total + args.balance_weight * balance
     if not math.isfinite(total.item()):
@@ -274,7 +277,7 @@ def train_step(
             bias_E.copy_(updated_selection_bias(bias_E, loads[layer], args.bias_rate))
     return {
         "loss": round(loss.item(), 5),
-        "mtp_loss": round(further.item(), 5),
+        "mtp_loss": round(loss_of_mtp.item(), 5),
         "learning_rate": rate,
         "gradient_norm": round(norm.item(), 4),
         "least_load": round(min((load.min().item() for load in loads.values()), default=1.0), 3),
@@ -282,18 +285,23 @@ def train_step(
     }
 
 
-def depth_weights(args: argparse.Namespace, num_mtp: int) -> list[float]:
-    """One weight for each depth; a single one is shared by all of them (the paper's lambda / D)."""
+def split_mtp_weight(args: argparse.Namespace, num_mtp: int) -> list[float]:
+    """The MTP loss weight of each depth; a single number is divided by their number D (lambda / D).
+
+    Raises ValueError if there are several numbers, but not one for each depth.
+    """
     if len(args.mtp_weight) == 1:
         return [args.mtp_weight[0] / max(1, num_mtp)] * num_mtp
     if len(args.mtp_weight) != num_mtp:
-        given = f"{len(args.mtp_weight)} numbers"
-        raise ValueError(f"--mtp-weight: {given} for {num_mtp} MTP modules: give one each, or one")
+        raise ValueError(
+            f"--mtp-weight: {len(args.mtp_weight)} numbers for {num_mtp} MTP modules: give one "
+            "number, or one for each module"
+        )
     return args.mtp_weight
 
 
 def share_of_positions(tokens_BT: Tensor, share: float, step: int) -> Tensor | None:
-    """A mask of evenly spaced positions, other ones each step; None for all of them."""
+    """A mask, (B, T), of evenly spaced positions, which move with the step; None: all positions."""
     if share >= 1:
         return None
     stride = round(1 / share)
@@ -302,13 +310,14 @@ def share_of_positions(tokens_BT: Tensor, share: float, step: int) -> Tensor | N
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
-    """Linear warm-up, constant, linear fall to zero."""
+    """The rate of a step: it warms up linearly, stays constant, and falls linearly to zero."""
     warm = min(1.0, (step + 1) / max(1, args.warm_up_steps))
     fall = min(1.0, (args.steps - step) / (args.decay_steps + 1))
     return args.learning_rate * warm * fall
 
 
 def make_optimizer(model: Transformer, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW for the parameters that require gradients; weight decay for matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() == 1]
     groups: list[dict[str, Any]] = [
@@ -318,10 +327,8 @@ def make_optimizer(model: Transformer, weight_decay: float) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def comparable(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that two halves of one run must share."""
+def collect_fixed_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that must not change when a run is resumed."""
     free = ("out", "to", "resume", "command", "save_every", "steps", "decay_steps", "run")
-    shared = {name: value for name, value in vars(args).items() if name not in free}
-    return {
-        name: str(value) if isinstance(value, Path) else value for name, value in shared.items()
-    }
+    fixed = {name: value for name, value in vars(args).items() if name not in free}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fixed.items()}

@@ -1,7 +1,8 @@
-"""A training run on disk: what it starts from, checkpoints that are whole or absent, its result.
+"""A training run on disk: its start, its checkpoints and its result.
 
 A checkpoint `step-N/` holds the weights, the optimizer's moments and the settings. It is written
-under another name, flushed to the disk and renamed, so the last good one survives anything.
+under another name, flushed to the disk and renamed, so it is never incomplete, and an interruption
+leaves the last one intact.
 """
 
 import copy
@@ -23,10 +24,10 @@ from modeling import Transformer
 
 from .corpus import train_vocabulary
 
-KEPT = 2  # checkpoints
+CHECKPOINTS_KEPT = 2  # the newest ones
 
 
-def checkpoints_in(out: Path) -> list[Path]:
+def find_checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     return sorted(out.glob("step-*[0-9]"), key=lambda path: int(path.name.removeprefix("step-")))
 
@@ -41,7 +42,7 @@ def save_checkpoint(
 ) -> None:
     """Write step-N, then remove all but the newest checkpoints.
 
-    schedule: the step from which on the learning rate falls, and the step at which the run ends.
+    schedule: the step at which the learning rate starts to fall, and that at which the run ends.
     """
     partial, final = out / f"step-{step}.partial", out / f"step-{step}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -60,29 +61,30 @@ def save_checkpoint(
             os.fsync(written.fileno())
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    for old in checkpoints_in(out)[:-KEPT]:
+    for old in find_checkpoints(out)[:-CHECKPOINTS_KEPT]:
         shutil.rmtree(old)
 
 
-def restore(
+def restore_checkpoint(
     checkpoint: Path,
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     settings: dict[str, Any],
     schedule: tuple[int, int],
 ) -> int:
-    """Put a checkpoint's state into model and optimizer; returns the step to go on with.
+    """Load a checkpoint into model and optimizer; return the step to continue with.
 
-    Before its learning rate falls a run may be given another end, and a finished one may be
-    lengthened (its learning rate then rises again and falls once more). Raises ValueError if the
-    checkpoint was made with other settings, or in the middle of another fall.
+    A run may get another schedule before its learning rate falls, or after its end, to lengthen it
+    (the learning rate then rises again and falls once more). Raises ValueError if the settings
+    differ from those of the checkpoint, or if the schedule differs and the learning rate has begun
+    to fall by one of the two.
     """
     saved = json.loads((checkpoint / "training.json").read_text())
-    fell, end = saved["schedule"]
-    if schedule != (fell, end) and saved["step"] > min(fell, schedule[0]) and saved["step"] < end:
+    fall, end = saved["schedule"]
+    if schedule != (fall, end) and saved["step"] > min(fall, schedule[0]) and saved["step"] < end:
         raise ValueError(
-            f"{checkpoint}: its learning rate falls from step {fell} to {end}, and would from "
-            f"{schedule[0]} to {schedule[1]}: give the same --steps and --decay-steps"
+            f"{checkpoint}: its learning rate falls from step {fall} to {end}, but in these "
+            f"settings from {schedule[0]} to {schedule[1]}: give the same --steps and --decay-steps"
         )
     for name, value in saved["settings"].items():
         if settings.get(name) != value:
@@ -101,20 +103,20 @@ def restore(
     return saved["step"]
 
 
-def vocabulary(out: Path, text: str, num_pieces: int) -> Tokenizer:
-    """The run's tokenizer, trained on its first start."""
+def make_tokenizer(out: Path, text: str, num_pieces: int) -> Tokenizer:
+    """The run's tokenizer; it is trained on `text` when the run starts for the first time."""
     path = out / "tokenizer.model"
     if not path.exists():
         partial = path.with_suffix(".partial")
         partial.write_bytes(train_vocabulary(text, num_pieces))
-        # the text is one long stream: no sequence of it begins with a BOS
+        # the text is one long stream: no sequence in it starts with a BOS token
         (out / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}) + "\n")
         partial.replace(path)
     return load_tokenizer(out)
 
 
-def keep_lines(path: Path, num_lines: int) -> None:
-    """Drop log lines of steps that a resumed run will take again."""
+def truncate_log(path: Path, num_lines: int) -> None:
+    """Keep the first lines only: a resumed run repeats the steps of the others."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:num_lines]
         partial = path.with_suffix(".partial")
@@ -123,21 +125,25 @@ def keep_lines(path: Path, num_lines: int) -> None:
 
 
 @torch.no_grad()
-def take_over(model: Transformer, there: Transformer, start: Path) -> dict[str, torch.dtype]:
-    """Put the weights of the checkpoint at `start` into a model that may have more MTP modules.
+def load_start_weights(
+    model: Transformer, start_model: Transformer, start: Path
+) -> dict[str, torch.dtype]:
+    """Copy the weights of `start_model` into a model that may have more MTP modules.
 
-    Returns the dtypes that they are stored in.
+    start: the checkpoint directory of `start_model`, for messages. Returns the dtype in which each
+    tensor is to be stored. Raises ValueError if more than the MTP modules differs, or if `start`
+    has MTP tensors that `model` lacks.
     """
-    if replace(there.config, mtp=model.config.mtp) != model.config:
-        raise ValueError(f"{start}: is another model than --config: only MTP modules may differ")
-    state = there.state_dict()
+    if replace(start_model.config, mtp=model.config.mtp) != model.config:
+        raise ValueError(f"{start}: differs from --config; only the MTP modules may differ")
+    state = start_model.state_dict()
     result = model.load_state_dict(state, strict=False)
     if result.unexpected_keys:
-        raise ValueError(f"{start}: has MTP modules or tensors of them that --config has not")
+        raise ValueError(f"{start}: has MTP tensors that a model of --config does not have")
     if result.missing_keys:
         print(f"note: {len(result.missing_keys)} tensors of MTP modules are new", file=sys.stderr)
-    own = there.dtype
-    return {**dict.fromkeys(result.missing_keys, own), **{n: x.dtype for n, x in state.items()}}
+    dtypes = dict.fromkeys(result.missing_keys, start_model.dtype)
+    return dtypes | {name: tensor.dtype for name, tensor in state.items()}
 
 
 def write_model(
@@ -147,20 +153,21 @@ def write_model(
     start: Path | None,
     to: str | None,
 ) -> Path:
-    """The trained model with its tokenizer.
+    """Write the trained model with its tokenizer; return its directory.
 
-    dtypes: those that parameters are stored in; bfloat16 where nothing is said. to: as of
-    `save_model`.
+    dtypes: of the stored parameters, by name; the others are stored in bfloat16. start: the
+    checkpoint that training started from, whose tokenizer and other files are copied; None: the
+    run's own tokenizer is copied. to: as in `save_model`.
     """
-    final, fresh = out / "model", out / "model.new"
-    shutil.rmtree(fresh, ignore_errors=True)
+    final, partial = out / "model", out / "model.new"
+    shutil.rmtree(partial, ignore_errors=True)
     stored = copy.deepcopy(model)
     for name, parameter in stored.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, torch.bfloat16))
-    save_model(stored, fresh, to=to)
-    ours = [out / name for name in ("tokenizer.model", "tokenizer_config.json")]
-    for file in ours if start is None else companions(start):
-        shutil.copy(file, fresh)
+    save_model(stored, partial, to=to)
+    own_files = [out / name for name in ("tokenizer.model", "tokenizer_config.json")]
+    for file in own_files if start is None else companions(start):
+        shutil.copy(file, partial)
     shutil.rmtree(final, ignore_errors=True)
-    fresh.rename(final)
+    partial.rename(final)
     return final

@@ -1,4 +1,4 @@
-"""verify: everything that is wrong in a checkpoint directory, all of it at once."""
+"""verify: list every error in a checkpoint directory."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--values",
         action="store_true",
-        help="read every tensor too: NaN, infinities, experts never written, shut-out experts",
+        help="also read every tensor, to find NaN, infinities, and experts that were never written "
+        "or can never be chosen",
     )
 
 

@@ -153,7 +153,6 @@ class StateCache(LayerCache):
         place_L = torch.arange(R + T, device=device)
         counts_B1 = torch.tensor(counts, device=device)[:, None]
         real_BL = place_L >= R - torch.tensor(in_use, device=device)[:, None]
-        real_BL = real_BL & (place_L < R + counts_B1)
         inputs = [
             zero_unless(real_BL, torch.cat(pair, 1)) for pair in zip(held, new_BT, strict=True)
         ]

@@ -7,9 +7,10 @@ k drafts and of one forward over 1 + k tokens. Acceptance and times depend on th
 machine, so both are measured while text is generated.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from operator import mul
 from statistics import median
@@ -17,7 +18,7 @@ from statistics import median
 MEASUREMENTS_KEPT = 9  # the newest ones, for each number of drafts; their median is used
 WARM_UP_ROUNDS = 6  # in the first the modules read the prompt: the median of three ignores it
 PLAIN_ROUND_INTERVAL = 64  # rounds from one round without drafts to the next
-PRIOR_ACCEPTANCE = 0.8  # before any draft: in the middle of what is reported of trained modules
+PRIOR_ACCEPTANCE = 0.8  # assumed before any draft; in the middle of reported values
 DECAY_PER_DRAFT = 0.96  # factor on the weight of old observations for each new draft there
 DECAY_PER_ROUND = 0.996  # the same for each round, with or without a draft there
 
@@ -49,10 +50,9 @@ class MeasuredCount:
     """The number of drafts that gives the most tokens a second; it may be 0.
 
     The first rounds alternate between two drafts and none, to measure the times of both. The time
-    of a number that was not tried yet is estimated from its measured neighbours. Each acceptance
-    starts at PRIOR_ACCEPTANCE. Old observations lose weight, so a position without new drafts
-    returns slowly to this prior: the rule then tries more drafts again, and fewer if the text is
-    still hard to predict.
+    of a number that was not tried yet is estimated from its measured neighbours. Acceptance starts
+    at a prior, and returns slowly to it where no new draft is judged, because old observations lose
+    weight: so the rule tries more drafts again, and stops if the text is still hard to predict.
     """
 
     def __init__(self, max_drafts: int) -> None:
@@ -60,30 +60,26 @@ class MeasuredCount:
         self.num_rounds = 0
         self.judged = [0.0] * max_drafts  # by position: decayed number of judged drafts
         self.accepted = [0.0] * max_drafts  # and of the accepted ones among them
-        self.drafting_seconds: dict[int, deque[float]] = {}  # by number of drafts
-        self.forward_seconds: dict[int, deque[float]] = {}
+        new_deque = partial(deque[float], maxlen=MEASUREMENTS_KEPT)
+        self.drafting_seconds = defaultdict[int, deque[float]](new_deque)  # by number of drafts
+        self.forward_seconds = defaultdict[int, deque[float]](new_deque)
 
     def choose_count(self) -> int:
         if self.num_rounds < WARM_UP_ROUNDS:
             return min(2, self.max_drafts) if self.num_rounds % 2 == 0 else 0
         if self.num_rounds % PLAIN_ROUND_INTERVAL == 0:
             return 0  # the time of a plain step grows with the text: measure it again
-        seconds = [
-            estimate_seconds(self.drafting_seconds, count)
-            + estimate_seconds(self.forward_seconds, count)
-            for count in range(self.max_drafts + 1)
-        ]
+        drafting, forward = self.drafting_seconds, self.forward_seconds
+        counts = range(self.max_drafts + 1)
+        seconds = [estimate_seconds(drafting, k) + estimate_seconds(forward, k) for k in counts]
         return find_fastest_count(self.estimate_acceptance(), seconds)
 
     def observe(self, last_round: Round) -> None:
         """Learn from a round; near the end of a text it has fewer drafts than were chosen."""
         self.num_rounds += 1
         count = max(last_round.drafted)
-        for measured, seconds in (
-            (self.drafting_seconds, last_round.drafting_seconds),
-            (self.forward_seconds, last_round.forward_seconds),
-        ):
-            measured.setdefault(count, deque(maxlen=MEASUREMENTS_KEPT)).append(seconds)
+        self.drafting_seconds[count].append(last_round.drafting_seconds)
+        self.forward_seconds[count].append(last_round.forward_seconds)
         for position in range(self.max_drafts):
             rows = zip(last_round.drafted, last_round.accepted, strict=True)
             outcomes = [  # a draft is judged only if all drafts before it were accepted

@@ -10,10 +10,10 @@ i + j, and predicts token i + j + 1. For example, 5 tokens t0 to t4 are known, a
     module 2       t2   t3   t4   d1        its output at 3 predicts d2
     module 2 again                     d2   it reads its own state of 3, and predicts d3
 
-With n tokens known, the cache entries of module j at positions below n - j are final: they come
-from known tokens only. The others are tentative: they come from a draft, and are removed at the
-end of the round. In the example these are the entries of d1 and d2. Module 2 must read position 3
-again when token 5 is known, so the state that it read there, which is final, stays pending.
+With n known tokens, module j's cache entries at positions below n - j are final. The others are
+tentative: they come from drafts (here d1 and d2), and are removed at the end of the round. Module 2
+reads position 3 again when token 5 is known; until then the state that it reads there, which is
+final (module 1 made it from known tokens), is pending.
 
 Shapes: B rows, T positions (of the longest row), n positions of one row, D model width,
 V vocabulary.
@@ -56,7 +56,9 @@ class Drafter:
         """Append the main model's states of each row, (n, D), at the next positions."""
         if not self.pending:
             self.pending = [[state_nD[:0] for state_nD in new_states] for _ in self.modules]
-        self.pending[0] = [torch.cat(pair) for pair in zip(self.pending[0], new_states, strict=True)]
+        self.pending[0] = [
+            torch.cat(pair) for pair in zip(self.pending[0], new_states, strict=True)
+        ]
 
     def draft(self, texts: Sequence[list[int]], counts: Sequence[int]) -> list[list[Draft]]:
         """Draft `counts[row]` tokens after the text of each row.
@@ -93,7 +95,9 @@ class Drafter:
     ) -> dict[int, Tensor]:
         """The states that module `number` reads, by row: pending ones, then tentative ones."""
         pending = self.pending[number - 1]
-        return {row: torch.cat([pending[row], tentative.get(row, pending[row][:0])]) for row in rows}
+        return {
+            row: torch.cat([pending[row], tentative.get(row, pending[row][:0])]) for row in rows
+        }
 
     def update_pending(
         self,
@@ -102,11 +106,10 @@ class Drafter:
         outputs: Mapping[int, Tensor],
         num_final: Mapping[int, int],
     ) -> dict[int, Tensor]:
-        """Update the pending states of module `number` and of the next one; return the others.
+        """Keep final states for later rounds; return the tentative ones, for the next depth.
 
-        inputs, outputs: by row, the states that the module has read and those that the next depth
-        reads, (n, D) each. num_final: at how many of these n positions the module's entry is
-        final. Returns the tentative states of the next depth.
+        inputs, outputs: by row, the states that module `number` has read and those that it gives to
+        the next depth, (n, D) each; its entries are final at the first `num_final` positions.
         """
         pending, is_last = self.pending[number - 1], number == len(self.modules)
         for row, end in num_final.items():
@@ -114,8 +117,9 @@ class Drafter:
             if not is_last:
                 next_pending = self.pending[number]
                 next_pending[row] = torch.cat([next_pending[row], outputs[row][:end]])
-        # after the last module it runs again, one position further, on its own last state
-        return {row: outputs[row][-1 if is_last else end :] for row, end in num_final.items()}
+        if is_last:  # the next depth is this module again, on its own last state
+            return {row: output_nD[-1:] for row, output_nD in outputs.items()}
+        return {row: outputs[row][end:] for row, end in num_final.items()}
 
     def run_module(
         self, number: int, inputs: Mapping[int, Tensor], tokens: Sequence[list[int]]

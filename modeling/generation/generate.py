@@ -1,17 +1,17 @@
 """Generation: prefill, decode, sampling, and self-speculation with the MTP modules.
 
-Every round is one forward of the main model over each row's newest tokens: the whole prompt in
-the first round; later the one token just chosen, followed by what the MTP modules drafted after
-it. From every position's logits a token is chosen, and the round goes on while that is what was
-drafted: so each round gains one token more than the drafts that proved right. Plain decoding is the
-same loop with no drafts.
+Every round is one forward of the main model. It reads, in each row, the tokens that are not in the
+cache: the whole prompt in the first round; later the token chosen last and the drafts of the MTP
+modules after it. The logits at these positions then choose tokens, from left to right, until one
+differs from its draft. So a round gains the accepted drafts and one more token. Plain decoding is
+the same loop without drafts.
 
-What is promised, in exact arithmetic: greedy text is that of plain decoding, token by token;
-sampled text has its distribution (see `sampling`). In bfloat16 near-ties may fall differently,
-because a forward over several tokens rounds otherwise than one over each.
+Guarantee, in exact arithmetic: greedy text equals that of plain decoding, token by token; sampled
+text has the same distribution (see `sampling`). In bfloat16 near-ties may be decided differently,
+because a forward over several tokens rounds differently from a forward over one.
 
-Rows of a batch have their own lengths: they are padded on the right, and their caches cut back to
-what is valid.
+Rows of a batch have unequal lengths: they are padded on the right, and each row of the cache is cut
+back to the tokens that are accepted.
 
 Shapes: B rows, T new tokens (of the longest row), n positions of one row to choose at, D model
 width, V vocabulary.
@@ -39,41 +39,41 @@ DraftCount = int | Literal["auto"]
 
 @dataclass
 class GenerationStatistics:
-    """Counts and seconds of one generation, over all rows; grows while it runs."""
+    """Counts and seconds of one generation, over all rows; updated after every round."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
     prompt_seconds: float = 0.0
     generation_seconds: float = 0.0
     cache_bytes_per_token: int = 0
-    cache_constant_bytes: int = 0  # of a row, however long it is: windows, states
-    forwards: int = 0  # of the main model, over all rows at once, the prompt's included
-    forwards_without_drafts: int = 0  # what the same text would have taken
-    drafted: list[int] = field(default_factory=list)  # per draft position
+    cache_constant_bytes: int = 0  # of a row of any length: windows, states
+    forwards: int = 0  # of the main model, over all rows at once, including the prompt's
+    forwards_without_drafts: int = 0  # that plain decoding of the same text needs
+    drafted: list[int] = field(default_factory=list)  # drafts at each draft position
     accepted: list[int] = field(default_factory=list)
     drafting_seconds: float = 0.0
-    verifying_seconds: float = 0.0  # in forwards over drafts, and in judging them
+    verifying_seconds: float = 0.0  # of forwards over drafts, and of judging the drafts
 
     def begin(self, prompts: Sequence[Sequence[int]], max_drafts: int) -> None:
         self.prompt_tokens = sum(map(len, prompts))
         self.drafted, self.accepted = [0] * max_drafts, [0] * max_drafts
 
-    def add(self, seen: Round, rows: Sequence["Row"], cache: Cache) -> None:
+    def add_round(self, last_round: Round, rows: Sequence["Row"], cache: Cache) -> None:
         if self.forwards == 0:
-            self.prompt_seconds = seen.forward_seconds
+            self.prompt_seconds = last_round.forward_seconds
             self.cache_bytes_per_token = cache.bytes_per_token
             self.cache_constant_bytes = cache.constant_bytes
         else:
-            self.generation_seconds += seen.drafting_seconds + seen.forward_seconds
+            self.generation_seconds += last_round.drafting_seconds + last_round.forward_seconds
         self.forwards += 1
-        self.forwards_without_drafts = max(row.choices for row in rows)
-        self.generated_tokens += sum(len(row.gained) for row in rows)
-        self.drafting_seconds += seen.drafting_seconds
-        self.verifying_seconds += seen.forward_seconds if any(seen.drafted) else 0.0
-        for drafted, kept in zip(seen.drafted, seen.accepted, strict=True):
+        self.forwards_without_drafts = max(row.num_chosen for row in rows)
+        self.generated_tokens += sum(len(row.new_tokens) for row in rows)
+        self.drafting_seconds += last_round.drafting_seconds
+        self.verifying_seconds += last_round.forward_seconds if any(last_round.drafted) else 0.0
+        for drafted, accepted in zip(last_round.drafted, last_round.accepted, strict=True):
             for position in range(drafted):
                 self.drafted[position] += 1
-                self.accepted[position] += position < kept
+                self.accepted[position] += position < accepted
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -81,7 +81,7 @@ class GenerationStatistics:
 
     @property
     def generation_tokens_per_second(self) -> float:
-        """Of the tokens after the first, which the prompt's forward gives for free."""
+        """Speed without the first token, which comes from the forward over the prompt."""
         return max(0, self.generated_tokens - 1) / max(self.generation_seconds, 1e-9)
 
     @property
@@ -90,12 +90,12 @@ class GenerationStatistics:
 
     @property
     def mean_accepted_length(self) -> float:
-        """Tokens gained where there were drafts: those kept, and the verifier's own one."""
+        """Mean tokens of a row and round with drafts: the accepted ones and one more."""
         return 1 + sum(self.accepted) / self.drafted[0] if any(self.drafted) else 1.0
 
 
 class Generation(Iterator[int]):
-    """The token ids of one sequence as they are generated; `statistics` grows with them."""
+    """The token ids of one sequence as they are generated; `statistics` is updated with them."""
 
     def __init__(self, rounds: Iterator[list[list[int]]], statistics: GenerationStatistics) -> None:
         self.statistics = statistics
@@ -117,14 +117,15 @@ def generate(
     stop_ids: Sequence[int] = (),
     draft_tokens: DraftCount = 0,
 ) -> Generation:
-    """Continue one sequence; an iterator of token ids that ends before a stop id.
+    """Continue one sequence: an iterator of token ids that ends before a stop id.
 
-    temperature 0 is greedy; otherwise `seed` makes the draws repeatable (None: fresh each time).
-    draft_tokens: how many tokens the MTP modules guess per round, "auto" for the number that
-    proves fastest. It changes the speed and not the text: greedy text stays the same, sampled text
-    keeps its distribution, though not its draws (with "auto" these depend on the time it takes).
-    Raises ValueError for an empty prompt, unknown ids, a length that exceeds the model's
-    max_length, and settings that no distribution has.
+    temperature: 0 is greedy; otherwise `seed` makes the draws repeatable (None: new ones each run).
+    draft_tokens: how many tokens the MTP modules draft per round, or "auto" for the number that is
+    measured to be fastest. Drafts change the speed: greedy text stays the same, and sampled text
+    keeps its distribution, but not its draws (with "auto" the draws depend on measured times).
+    Raises ValueError for an empty prompt, ids outside the vocabulary, a length beyond the model's
+    max_length, a setting outside its range, drafts without MTP modules, and a model in which the
+    routing of a token depends on later tokens.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     statistics = GenerationStatistics()
@@ -147,8 +148,8 @@ def generate_batch(
 ) -> list[list[int]]:
     """Continue several sequences together; each row equals its own `generate` with these arguments.
 
-    Each row draws its random numbers from its own stream, begun at `seed`. (Only with drafts
-    counted "auto" are a row's draws others than alone; greedy text is the same even so.)
+    Each row draws from its own random stream, which starts at `seed`. (With draft_tokens="auto" the
+    draws differ from those of a run alone; greedy text does not.) Raises ValueError as `generate`.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     rows = make_rows(model, prompts, max_new_tokens, draft_tokens, seed)
@@ -165,7 +166,7 @@ def make_rows(
     draft_tokens: DraftCount,
     seed: int | None,
 ) -> list["Row"]:
-    """A row for each prompt; refuses what cannot be generated, before any work is done."""
+    """A row for each prompt; ValueError, before any work, if `generate` cannot continue it."""
     if seed is not None and not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed = {seed}: must be a number of 64 bits")
     if max_new_tokens < 0:
@@ -177,8 +178,8 @@ def make_rows(
     for path, module in model.named_modules():
         if getattr(module, "sees_other_tokens", False):
             raise ValueError(
-                f"{path} routes a token by looking at the others of a forward, later ones too: "
-                "such a model cannot generate"
+                f"{path} routes each token by all tokens of a forward, later ones included: "
+                "such a model cannot generate text"
             )
     limit, vocab_size = model.config.max_length, model.config.vocab_size
     for prompt in prompts:
@@ -190,11 +191,11 @@ def make_rows(
                 )
         if not prompt:
             raise ValueError(
-                "the prompt holds no token: begin with the tokenizer's BOS, or some text"
+                "the prompt has no token: start with the tokenizer's BOS token, or some text"
             )
         if len(prompt) + max_new_tokens > limit:
             raise ValueError(
-                f"{len(prompt)} prompt tokens + {max_new_tokens} new ones exceed "
+                f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens exceed "
                 f"the model's {limit} positions"
             )
     return [
@@ -203,47 +204,46 @@ def make_rows(
 
 
 def make_count_rule(draft_tokens: DraftCount, max_new_tokens: int) -> FixedCount | MeasuredCount:
-    most = max(0, max_new_tokens - 1)  # the prompt gives the first token
+    """The rule that chooses the number of drafts of each round."""
+    max_useful = max(0, max_new_tokens - 1)  # the forward over the prompt gives the first token
     if draft_tokens == "auto":
-        return MeasuredCount(min(8, most))
-    return FixedCount(min(draft_tokens, most))
+        return MeasuredCount(min(8, max_useful))
+    return FixedCount(min(draft_tokens, max_useful))
 
 
 @dataclass
 class Row:
-    """One sequence of a batch on its way."""
+    """One sequence of a batch while it is generated."""
 
-    tokens: list[int]
-    limit: int  # of its length
+    tokens: list[int]  # the prompt and the tokens generated so far
+    limit: int  # the number of tokens at which the row is finished
     random: RandomStream
-    drafts: list[Draft] = field(default_factory=list)
-    gained: list[int] = field(default_factory=list)  # in the last round
-    choices: int = 0  # tokens chosen, with the stop id that may have ended the row
+    drafts: list[Draft] = field(default_factory=list)  # for the next forward to verify
+    new_tokens: list[int] = field(default_factory=list)  # of the last round
+    num_chosen: int = 0  # tokens chosen so far; a stop id at the end counts
     finished: bool = False
 
     def extend(self, chosen: Iterable[int], stop_ids: set[int]) -> None:
-        """Take a round's tokens one by one, up to a stop id or the row's limit."""
-        self.gained = []
+        """Append a round's tokens, until a stop id (which is not appended) or the limit."""
+        self.new_tokens = []
         for token in chosen:
-            self.choices += 1
-            if token in stop_ids:
-                self.finished = True
-                return
-            self.gained.append(token)
-            self.tokens.append(token)
-            if len(self.tokens) == self.limit:
-                self.finished = True
+            self.num_chosen += 1
+            if token not in stop_ids:
+                self.tokens.append(token)
+                self.new_tokens.append(token)
+            self.finished = token in stop_ids or len(self.tokens) == self.limit
+            if self.finished:
                 return
 
     @property
-    def kept(self) -> int:
-        """How many of the drafts became part of the text; a stop id never does."""
-        pairs = zip(self.drafts, self.gained, strict=False)
+    def num_accepted(self) -> int:
+        """How many of the drafts are now part of the text; a drafted stop id is not."""
+        pairs = zip(self.drafts, self.new_tokens, strict=False)
         return len(list(takewhile(lambda pair: pair[0].token == pair[1], pairs)))
 
     @property
-    def room(self) -> int:
-        """How many drafts it has use for: the last token of a text is never drafted."""
+    def max_useful_drafts(self) -> int:
+        """One less than the tokens still to come: every forward gives a token beside its drafts."""
         return 0 if self.finished else self.limit - len(self.tokens) - 1
 
 
@@ -256,40 +256,41 @@ def decode(
     rule: FixedCount | MeasuredCount,
     statistics: GenerationStatistics,
 ) -> Iterator[list[list[int]]]:
-    """Yield each round's new tokens, row by row, which the rows have then gained."""
+    """Generate in rounds; yield each round's new tokens, a list for each row."""
     if not rows or all(row.limit == len(row.tokens) for row in rows):
         return
-    capacity = max(row.limit for row in rows) + rule.most
-    cache = model.make_cache(len(rows), capacity, rule.most)
-    streams = [row.random for row in rows]
-    drafter = Drafter(model, capacity, rule.most, sampling, streams) if rule.most else None
-    statistics.begin([row.tokens for row in rows], rule.most)
+    max_drafts, streams = rule.max_drafts, [row.random for row in rows]
+    capacity = max(row.limit for row in rows) + max_drafts
+    cache = model.make_cache(len(rows), capacity, max_drafts)
+    drafter = Drafter(model, capacity, max_drafts, sampling, streams) if max_drafts else None
+    statistics.begin([row.tokens for row in rows], max_drafts)
     drafting_seconds = 0.0
-    with whole_weights(model):
+    with gather_weights(model):
         while unfinished := [row for row in rows if not row.finished]:
-            started, held = time.perf_counter(), cache.lengths
+            started, old_lengths = time.perf_counter(), cache.lengths
             states, logits = verify_drafts(model, rows, cache)
-            choose_tokens(rows, logits, sampling, stop_ids)
-            cut_back(cache, rows)
-            drafted, kept = [len(row.drafts) for row in unfinished], [r.kept for r in unfinished]
-            seen = Round(drafted, kept, drafting_seconds, time.perf_counter() - started)
-            if statistics.forwards:
-                rule.observe(seen)
-            statistics.add(seen, rows, cache)
-            yield [row.gained for row in rows]
+            extend_rows(rows, logits, sampling, stop_ids)
+            remove_rejected(cache, rows)
+            drafted = [len(row.drafts) for row in unfinished]
+            accepted = [row.num_accepted for row in unfinished]
+            forward_seconds = time.perf_counter() - started
+            last_round = Round(drafted, accepted, drafting_seconds, forward_seconds)
+            if statistics.forwards:  # the first round, over the prompt, is not typical
+                rule.observe(last_round)
+            statistics.add_round(last_round, rows, cache)
+            yield [row.new_tokens for row in rows]
             if drafter is not None:
                 started = time.perf_counter()
-                drafter.add_states(confirmed_states(model, rows, states, held, cache))
-                give_drafts(rows, drafter, rule.next())
+                drafter.add_states(select_new_states(model, rows, states, old_lengths, cache))
+                assign_drafts(rows, drafter, rule.choose_count())
                 drafting_seconds = time.perf_counter() - started
 
 
 @contextmanager
-def whole_weights(model: Transformer) -> Iterator[None]:
-    """Gather what `fully_shard` has sharded of the model itself.
+def gather_weights(model: Transformer) -> Iterator[None]:
+    """Gather the model's weights outside its layers, if `fully_shard` has sharded them.
 
-    A forward gathers it by itself, but generation calls other methods. Layers that are sharded
-    are called as they always are.
+    It gathers weights in `forward` only: generation calls that of the layers, not of the model.
     """
     unshard, reshard = getattr(model, "unshard", None), getattr(model, "reshard", None)
     if unshard is None or reshard is None:
@@ -305,63 +306,62 @@ def whole_weights(model: Transformer) -> Iterator[None]:
 def verify_drafts(
     model: Transformer, rows: list[Row], cache: Cache
 ) -> tuple[States, Sequence[Tensor]]:
-    """The main model on what each row's cache lacks, which ends with its drafts.
+    """One forward of the main model over the tokens that are not in the cache, and the drafts.
 
-    Returns the states of all of it, and the logits, (n, V) for each row, of the newest token and
-    the drafts.
+    Returns the states at all these positions, and for each row the logits, (n, V), at its newest
+    token and at its drafts.
     """
-    pairs = zip(rows, cache.lengths, strict=True)
-    fed = [
-        [] if row.finished else row.tokens[held:] + [draft.token for draft in row.drafts]
-        for row, held in pairs
+    inputs = [
+        [] if row.finished else row.tokens[length:] + [draft.token for draft in row.drafts]
+        for row, length in zip(rows, cache.lengths, strict=True)
     ]
     states = model.hidden_states(
-        pad_tokens(fed, model.device), cache, [len(tokens) for tokens in fed]
+        pad_tokens(inputs, model.device), cache, [len(tokens) for tokens in inputs]
     )
-    deciding = [
+    choosing_states = [
         state_TD[max(0, len(tokens) - len(row.drafts) - 1) : len(tokens)]
-        for row, tokens, state_TD in zip(rows, fed, states.normed_BTD, strict=True)
+        for row, tokens, state_TD in zip(rows, inputs, states.normed_BTD, strict=True)
     ]
-    logits_NV = model.logits(torch.cat(deciding))
-    return states, logits_NV.split([len(state_nD) for state_nD in deciding])
+    logits_NV = model.logits(torch.cat(choosing_states))
+    return states, logits_NV.split([len(state_nD) for state_nD in choosing_states])
 
 
-def choose_tokens(
+def extend_rows(
     rows: list[Row], logits: Sequence[Tensor], sampling: Sampling, stop_ids: set[int]
 ) -> None:
-    """Extend every unfinished row by what its logits, (n, V), choose."""
+    """Extend every unfinished row by the tokens that its logits, (n, V), choose."""
     for row, logits_nV in zip(rows, logits, strict=True):
-        chosen = sampling.choose_after(row.drafts, logits_nV, row.random)
+        chosen = sampling.choose_tokens(row.drafts, logits_nV, row.random)
         row.extend([] if row.finished else chosen, stop_ids)
 
 
-def cut_back(cache: Cache, rows: list[Row]) -> None:
-    """Forget what was fed and is no text: all but a row's newest token has been through the model.
+def remove_rejected(cache: Cache, rows: list[Row]) -> None:
+    """Cut the cache back to the text without its newest token, which no forward has read yet.
 
-    A finished row is fed nothing more and stays as it is.
+    A finished row stays as it is: no forward reads more of it.
     """
     pairs = zip(rows, cache.lengths, strict=True)
-    cache.truncate([held if row.finished else len(row.tokens) - 1 for row, held in pairs])
+    cache.truncate([length if row.finished else len(row.tokens) - 1 for row, length in pairs])
 
 
-def confirmed_states(
-    model: Transformer, rows: list[Row], states: States, held: Sequence[int], cache: Cache
+def select_new_states(
+    model: Transformer, rows: list[Row], states: States, old_lengths: Sequence[int], cache: Cache
 ) -> list[Tensor]:
-    """Of each row, what MTP modules read of the positions that the round has added, (n, D).
+    """The states that MTP modules read at the positions that the round added, (n, D) for each row.
 
-    held: how long the rows were before the round.
+    old_lengths: of the cache before the round. A finished row has n = 0.
     """
     read_BTD = first_state(model.config.mtp, states)
-    added = [
-        0 if row.finished else now - before
-        for row, before, now in zip(rows, held, cache.lengths, strict=True)
+    counts = [
+        0 if row.finished else new_length - old_length
+        for row, old_length, new_length in zip(rows, old_lengths, cache.lengths, strict=True)
     ]
-    return [read_TD[:n] for read_TD, n in zip(read_BTD, added, strict=True)]
+    return [read_TD[:n] for read_TD, n in zip(read_BTD, counts, strict=True)]
 
 
-def give_drafts(rows: list[Row], drafter: Drafter, count: int) -> None:
-    """Give every row its drafts: none beyond the last token that it may have."""
-    counts = [max(0, min(count, row.room)) for row in rows]
+def assign_drafts(rows: list[Row], drafter: Drafter, count: int) -> None:
+    """Draft `count` tokens for every row, or fewer where its limit is near."""
+    counts = [max(0, min(count, row.max_useful_drafts)) for row in rows]
     drafts = drafter.draft([row.tokens for row in rows], counts)
-    for row, drafted in zip(rows, drafts, strict=True):
-        row.drafts = drafted
+    for row, row_drafts in zip(rows, drafts, strict=True):
+        row.drafts = row_drafts

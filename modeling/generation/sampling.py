@@ -1,8 +1,9 @@
 """Choosing a token from logits: greedy, or drawn after temperature, top-k, top-p and min-p.
 
-And judging a token that was drafted (Leviathan et al. 2023, algorithm 1): one drawn from q is kept
-with probability min(1, p / q), and otherwise replaced by a draw from what p has above q, which
-together is a draw from p. Both distributions are those after all filters.
+Speculative sampling judges a drafted token (Leviathan et al. 2023, algorithm 1). The draft was
+drawn from q, and the model's own distribution is p. The draft is accepted with probability
+min(1, p / q); if rejected, it is replaced by a draw from max(0, p - q), normalised. The result is
+distributed as p. Both p and q are the distributions after all filters.
 
 Shapes: V vocabulary.
 """
@@ -16,14 +17,14 @@ from torch import Tensor
 
 
 class Draft(NamedTuple):
-    """A token that somebody guessed, and what it was drawn from; None: nothing was drawn."""
+    """A drafted token and the distribution it was drawn from, (V,); None: it is the argmax."""
 
     token: int
     probability_V: Tensor | None
 
 
 class RandomStream:
-    """Where chance comes from: numbers begun at `seed`, or anywhere without one."""
+    """A source of random numbers: repeatable with a `seed`, different each time without one."""
 
     def __init__(self, seed: int | None) -> None:
         self.generator = torch.Generator()
@@ -35,18 +36,18 @@ class RandomStream:
     def draw(self, probability_V: Tensor) -> int:
         return int(probability_V.multinomial(1, generator=self.generator))
 
-    def happens(self, probability: float) -> bool:
+    def draw_bool(self, probability: float) -> bool:
         return float(torch.rand((), generator=self.generator, dtype=torch.float64)) < probability
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is chosen from logits. temperature 0 is greedy and draws no random numbers."""
+    """How a token is chosen from logits. Raises ValueError for a value outside its range."""
 
-    temperature: float = 0.0
-    top_k: int | None = None  # keep the k likeliest
-    top_p: float | None = None  # keep the likeliest that together reach this probability
-    min_p: float | None = None  # keep those at least this share as likely as the likeliest
+    temperature: float = 0.0  # 0 is greedy and draws no random numbers
+    top_k: int | None = None  # keep the k most likely tokens
+    top_p: float | None = None  # keep the most likely tokens until their sum reaches this
+    min_p: float | None = None  # keep tokens of at least this share of the highest probability
 
     def __post_init__(self) -> None:
         checks = (
@@ -60,11 +61,11 @@ class Sampling:
                 raise ValueError(f"{name} = {value}: must {rule}")
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
-        """The distribution to draw from, (V,): temperature, then top-k, top-p and min-p in turn.
+        """The distribution to draw from, (V,): after temperature, top-k, top-p and min-p, in turn.
 
-        In float64 on the CPU, so that p / q and p - q below are not made of rounding errors.
+        Computed in float64 on the CPU, so that rounding does not dominate p / q and p - q.
         """
-        logits_V = check_numbers(logits_V).cpu().double()
+        logits_V = check_not_nan(logits_V).cpu().double()
         logits_V = (logits_V - logits_V.max()) / self.temperature
         if self.top_k is not None and self.top_k < len(logits_V):
             logits_V = logits_V.where(logits_V >= logits_V.topk(self.top_k).values[-1], -torch.inf)
@@ -82,51 +83,51 @@ class Sampling:
         return self.draft(logits_V, random).token
 
     def draft(self, logits_V: Tensor, random: RandomStream) -> Draft:
-        """A choice with what `judge` needs to know of how it was made."""
+        """Choose a token and keep the distribution it was drawn from, for `judge_draft`."""
         if self.temperature == 0:
-            return Draft(int(check_numbers(logits_V).argmax()), None)
+            return Draft(int(check_not_nan(logits_V).argmax()), None)
         probability_V = self.probabilities(logits_V)
         return Draft(random.draw(probability_V), probability_V)
 
-    def choose_after(
+    def choose_tokens(
         self, drafts: Sequence[Draft], logits_nV: Tensor, random: RandomStream
     ) -> Iterator[int]:
-        """Tokens that n logits choose: drafts while they are kept, then one that was not drafted.
+        """Yield the accepted drafts, then one more token.
 
-        logits_nV: of the newest token, and of each draft.
+        logits_nV: at the newest token and at each of the n - 1 drafts.
         """
         for draft, logits_V in zip(drafts, logits_nV, strict=False):
-            token = self.judge(draft, logits_V, random)
+            token = self.judge_draft(draft, logits_V, random)
             yield token
             if token != draft.token:
                 return
         yield self.choose(logits_nV[-1], random)
 
-    def judge(self, draft: Draft, logits_V: Tensor, random: RandomStream) -> int:
-        """The draft or another token, so that it is distributed like a choice from the logits."""
+    def judge_draft(self, draft: Draft, logits_V: Tensor, random: RandomStream) -> int:
+        """Return the draft or another token, distributed like a choice from the logits."""
         q_V = draft.probability_V
         if q_V is None:
             return self.choose(logits_V, random)
         p_V = self.probabilities(logits_V)
-        if random.happens(acceptance(p_V, q_V, draft.token)):
+        if random.draw_bool(acceptance_probability(p_V, q_V, draft.token)):
             return draft.token
-        return random.draw(residual(p_V, q_V))
+        return random.draw(residual_distribution(p_V, q_V))
 
 
-def check_numbers(logits_V: Tensor) -> Tensor:
+def check_not_nan(logits_V: Tensor) -> Tensor:
     if logits_V.isnan().any():
-        raise ValueError("the model's logits are not numbers (NaN): its weights are damaged")
+        raise ValueError("the model's logits contain NaN: its weights are damaged")
     return logits_V
 
 
-def acceptance(p_V: Tensor, q_V: Tensor, token: int) -> float:
-    """With what probability a token drawn from q is kept where p is wanted."""
+def acceptance_probability(p_V: Tensor, q_V: Tensor, token: int) -> float:
+    """The probability with which a token drawn from q is accepted, so that p results."""
     return min(1.0, float(p_V[token] / q_V[token]))
 
 
-def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
-    """The distribution to draw from where a draw from q was not kept: p's excess over q."""
+def residual_distribution(p_V: Tensor, q_V: Tensor) -> Tensor:
+    """The distribution to draw from after a draw from q was rejected: max(0, p - q), normalised."""
     excess_V = (p_V - q_V).clamp(min=0)
     total = excess_V.sum()
-    # without any excess the two are equal, and only rounding can have refused the draft
+    # a sum of 0 means p = q: then only rounding can have rejected the draft
     return excess_V / total if total > 0 else p_V

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import checkpoints.storage.writing
 from checkpoints import CheckpointError, convert, load_model, verify
 from tools.__main__ import main
-from tools.convert import nbytes
+from tools.convert import parse_size
 
 QUIET = {"progress": False}
 BIAS = "e_score_correction_bias"
@@ -190,7 +190,7 @@ convert(sys.argv[2], sys.argv[3], max_shard_bytes=100_000, progress=False)
     ("text", "size"), [("500MB", 500 * 10**6), ("5 gb", 5 * 10**9), ("100000", 100_000)]
 )
 def test_sizes_have_units(text, size):
-    assert nbytes(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "GB", "5 apples", "-1GB", "1.5GB"])

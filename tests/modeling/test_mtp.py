@@ -182,7 +182,7 @@ def test_more_positions_than_are_done_at_once_make_no_difference(monkeypatch):
     model, tokens_BT = wired({}, 1), random_tokens(1, 11)
     states = model.hidden_states(tokens_BT)
     whole = forced_states(model, states, tokens_BT, 3, model.config.mtp)
-    monkeypatch.setattr("modeling.generation.teacher_forcing.AT_ONCE", 4)
+    monkeypatch.setattr("modeling.generation.teacher_forcing.POSITIONS_AT_ONCE", 4)
     for ours, theirs in zip(
         forced_states(model, states, tokens_BT, 3, model.config.mtp), whole, strict=True
     ):

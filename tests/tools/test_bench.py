@@ -7,15 +7,15 @@ import torch
 from tiny import agreeable, gqa, model_config
 
 from tools.__main__ import main
-from tools.bench import described, measured, table
-from tools.make_tiny import WORDS
+from tools.bench import format_table, run_passages, summarize_runs
+from tools.make_tiny import SAMPLE_TEXT
 
 
 def test_figures_are_sums_over_the_passages():
     model, prompts = agreeable(model_config(gqa(), 1)), [[5, 2, 8], [3, 1, 4], [7, 7, 1], [9, 2, 6]]
-    runs = measured(model, prompts, 12, [0, 2, "auto"])
+    runs = run_passages(model, prompts, 12, [0, 2, "auto"])
     assert [len(found) for found in runs.values()] == [4, 4, 4]
-    rows = [described(count, runs[count], runs[0]) for count in runs]
+    rows = [summarize_runs(count, runs[count], runs[0]) for count in runs]
     for row, found in zip(rows, runs.values(), strict=True):
         assert all(run.generated_tokens == 12 for run in found)
         forwards = sum(run.forwards for run in found)
@@ -41,7 +41,7 @@ def test_figures_are_sums_over_the_passages():
 
 @pytest.fixture
 def words(tmp_path):
-    (tmp_path / "words.txt").write_text(WORDS)
+    (tmp_path / "words.txt").write_text(SAMPLE_TEXT)
     return tmp_path / "words.txt"
 
 
@@ -58,7 +58,7 @@ def test_the_table_and_the_object_show_every_number_of_drafts(pristine, words, c
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [row["draft_tokens"] for row in report["runs"]] == [0, 1, "auto"]
-    assert table(report).splitlines()[:3] == shown[:3]
+    assert format_table(report).splitlines()[:3] == shown[:3]
 
 
 @pytest.mark.parametrize(

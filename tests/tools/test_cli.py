@@ -20,7 +20,7 @@ from checkpoints import load_model, load_tokenizer
 from modeling import generate
 from tools.__main__ import main
 from tools.corpus import train_vocabulary
-from tools.make_tiny import CONFIGS, WORDS
+from tools.make_tiny import CONFIGS, SAMPLE_TEXT
 
 PROMPT = "Once upon a time"
 FIGURES = {
@@ -178,8 +178,8 @@ WRONG_SETTINGS = [
     (("--max-new-tokens", "9" * 30), "256 positions"),
     (("--draft-tokens", "-1"), "draft_tokens"),
     (("--draft-tokens", "few"), "--draft-tokens"),
-    (("--device", "toaster"), "--device toaster: not available here; there is cpu"),
-    (("--device", "meta"), "--device meta: not available here"),
+    (("--device", "toaster"), "--device toaster: not available; available: cpu"),
+    (("--device", "meta"), "--device meta: not available"),
     (("--device", ""), "--device"),
     (("--temperature", "1", "--seed", "9" * 30), ""),
 ]
@@ -240,7 +240,7 @@ def test_a_checkpoint_without_tokenizer_is_one_line(tiny, command):
 
 def test_a_tokenizer_of_another_model_is_one_line(tiny, command):
     path = tiny()
-    (path / "tokenizer.model").write_bytes(train_vocabulary(WORDS, 330))
+    (path / "tokenizer.model").write_bytes(train_vocabulary(SAMPLE_TEXT, 330))
     said = refused(command(*prompt(path)))
     assert "the tokenizer has 330 ids and the model 320: they do not belong together" in said
 
@@ -266,7 +266,7 @@ def test_an_empty_prompt_without_a_bos_is_one_line(tiny, command):
     path = tiny()
     (path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     said = refused(command(*generated(path, "--prompt", "", "--json")))
-    assert "the prompt holds no token" in said
+    assert "the prompt has no token" in said
 
 
 def test_a_prompt_that_cannot_be_read_is_one_line(pristine, command, tmp_path, monkeypatch):
@@ -452,7 +452,7 @@ def test_a_conversation_that_does_not_fit_is_told_and_can_be_reset(talkative, co
     length = len(load_tokenizer(talkative).chat(turns("x" * 300)))
     told = [
         f"error: the conversation would be {tokens} tokens long and the model has 256 positions; "
-        "/reset begins a new one"
+        "/reset starts a new one"
         for tokens in (
             length,
             len(load_tokenizer(talkative).chat(turns("One apple?", first, "y" * 220))),

@@ -12,8 +12,8 @@ from files import SHIPPED, TALE, edit_json
 from tiny import gqa, model_config, plain_mtp_states, plain_states, random_tokens, transformer
 
 from tools.__main__ import main
-from tools.make_tiny import WORDS
-from tools.probe_mtp import Result, probe
+from tools.make_tiny import SAMPLE_TEXT
+from tools.probe_mtp import Result, probe_wirings
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def plain_hits(model, tokens_T, depths: int) -> list[list[bool]]:
 def test_it_counts_drafts_that_the_model_itself_would_choose(piece):
     config = model_config(gqa(), 2, vocab_size=3)
     model, tokens_N = transformer(config), random_tokens(1, 20, vocab_size=3)[0]
-    results = probe(model, tokens_N, 2, piece)
+    results = probe_wirings(model, tokens_N, 2, piece)
     wirings = [(result.wiring.input, result.wiring.carry) for result in results]
     assert wirings == list(product(("normed", "raw"), ("normed", "raw", "main")))
     for result in results:
@@ -62,9 +62,10 @@ def test_tokens_per_forward_and_the_distance_in_standard_errors():
     wiring = model_config(gqa(), 1).mtp
     best, worse = (Result(wiring, x_KN, counts_K) for x_KN in (hits_KN, fewer_KN))
     assert best.tokens_per_forward == 1 + 0.75 + 0.75 * 0.5
-    assert best.behind(best) == 0
-    assert worse.behind(best) == pytest.approx(2 / 2**0.5)  # one draft less at two positions
-    assert best.behind(worse) == -worse.behind(best)
+    assert best.standard_errors_behind(best) == 0
+    # one draft less at two positions
+    assert worse.standard_errors_behind(best) == pytest.approx(2 / 2**0.5)
+    assert best.standard_errors_behind(worse) == -worse.standard_errors_behind(best)
 
 
 def test_the_shipped_model_is_wired_as_it_was_trained(text, capsys):
@@ -99,7 +100,7 @@ def test_a_wiring_that_is_not_the_best_is_told_with_the_keys_to_write(text, tmp_
     code, out, err = probed(capsys, tmp_path / "model", text, "--dtype", "float32")
     assert code == 0
     assert out.splitlines()[5].endswith("configured")
-    assert err.startswith("note: the model is wired otherwise")
+    assert err.startswith("note: another wiring than the configured one gives better drafts")
     assert '"mtp_carry": "normed"' in err
 
 
@@ -112,7 +113,7 @@ def test_what_one_draft_cannot_tell_apart_is_not_advised(text, tmp_path, capsys)
 
 
 def test_a_head_that_was_not_loaded_is_noticed(pristine, tmp_path, capsys):
-    (tmp_path / "words.txt").write_text(WORDS)
+    (tmp_path / "words.txt").write_text(SAMPLE_TEXT)
     code, _, err = probed(capsys, pristine(), tmp_path / "words.txt")
     assert code == 0
     assert "of first drafts are accepted: the head is probably not loaded" in err
@@ -121,12 +122,12 @@ def test_a_head_that_was_not_loaded_is_noticed(pristine, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("family", "text", "flags", "told"),
     [
-        ("kimi_k2", WORDS, (), "has no MTP modules to probe"),
+        ("kimi_k2", SAMPLE_TEXT, (), "has no MTP modules to probe"),
         ("deepseek_v3", "A", (), "at least 6 needed"),
-        ("deepseek_v3", WORDS, ("--draft-tokens", "0"), "--draft-tokens 0: must be >= 1"),
-        ("deepseek_v3", WORDS, ("--piece", "5"), "pieces of 5 tokens are too short: at least 6"),
-        ("deepseek_v3", WORDS, ("--max-tokens", "-1"), "--max-tokens -1: must be >= 1"),
-        ("deepseek_v3", WORDS, ("--device", "abacus"), "--device abacus"),
+        ("deepseek_v3", SAMPLE_TEXT, ("--draft-tokens", "0"), "--draft-tokens 0: must be >= 1"),
+        ("deepseek_v3", SAMPLE_TEXT, ("--piece", "5"), "pieces of 5 tokens are too short"),
+        ("deepseek_v3", SAMPLE_TEXT, ("--max-tokens", "-1"), "--max-tokens -1: must be >= 1"),
+        ("deepseek_v3", SAMPLE_TEXT, ("--device", "abacus"), "--device abacus"),
         ("deepseek_v3", None, (), "missing.txt"),
     ],
 )

@@ -15,9 +15,9 @@ from tools.__main__ import main
 from tools.make_tiny import CONFIGS, write_tiny
 from tools.train import (
     add_arguments,
-    depth_weights,
     learning_rate,
     make_optimizer,
+    split_mtp_weight,
     train_step,
 )
 
@@ -156,7 +156,7 @@ def test_a_short_held_out_text_is_enough(paths, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["held_out_bits_per_byte"] > 0
     (tmp_path / "text.txt").write_text((paths / "text.txt").read_text() + "\n\n\n")
     assert train(paths, "empty", "--text", str(tmp_path / "text.txt"), steps=1) == 2
-    assert "too few to judge by" in capsys.readouterr().err
+    assert "too few to measure" in capsys.readouterr().err
 
 
 def test_no_module_is_asked_for_a_token_of_another_document(base):
@@ -190,7 +190,7 @@ def parsed(*flags: str) -> argparse.Namespace:
 )
 def test_one_weight_is_shared_by_the_depths_and_several_are_one_each(given, weights):
     args = parsed(*(("--mtp-weight", *given) if given else ()))
-    assert depth_weights(args, 2) == weights
+    assert split_mtp_weight(args, 2) == weights
 
 
 def test_documents_are_packed_as_the_text_is(tmp_path):
@@ -198,7 +198,7 @@ def test_documents_are_packed_as_the_text_is(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     documents = [STORY.format(i=i).strip() * i for i in (3, 1, 2)]
     tokenizer, text = load_tokenizer(tmp_path), corpus.DOCUMENT_END.join(documents)
-    tokens_N, documents_N = corpus.packed(tokenizer, text)
+    tokens_N, documents_N = corpus.pack_documents(tokenizer, text)
     assert tokens_N.tolist() == tokenizer.encode(text)
     for number, document in enumerate(documents):
         own = tokens_N[documents_N == number].tolist()
@@ -212,7 +212,7 @@ def test_documents_are_packed_as_the_text_is(tmp_path):
         (("--mtp-weight", "0.1", "0.2"), "2 numbers for 1 MTP modules"),
         (("--mtp-weight", "-1"), "--mtp-weight"),
         (("--start-from", "nowhere"), "nowhere"),
-        (("--start-from", "OTHER"), "is another model than --config"),
+        (("--start-from", "OTHER"), "differs from --config"),
     ],
 )
 def test_wrong_settings_of_modules_are_one_line(paths, base, tmp_path, capsys, flags, told):
@@ -299,7 +299,7 @@ def test_every_epoch_tiles_the_text_and_no_step_repeats_another():
     per_epoch = (1000 - 16) // 16 // 4
     for epoch in range(3):
         steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        batches = [corpus.batch(1000, step, 4, 16, seed=1) for step in steps]
+        batches = [corpus.choose_batch(1000, step, 4, 16, seed=1) for step in steps]
         seen = torch.cat(batches).flatten()
         assert len(seen.unique()) == len(seen)
         assert all((b[:, 1:] - b[:, :-1] == 1).all() for b in batches)

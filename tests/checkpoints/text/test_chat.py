@@ -26,7 +26,7 @@ import checkpoints.text.chat
 import checkpoints.text.template
 from checkpoints import CheckpointError, load_tokenizer
 from checkpoints.text.chat import Template, render
-from tools.make_tiny import WORDS
+from tools.make_tiny import SAMPLE_TEXT
 
 CHATML = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -129,7 +129,7 @@ LIBRARIES = {
 def pieces_of(**settings) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(WORDS.split("\n")),
+        sentence_iterator=iter(SAMPLE_TEXT.split("\n")),
         model_writer=model,
         **{
             "model_type": "bpe",

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Library
 
 from checkpoints import CheckpointError, TextStream, load_tokenizer
 from tools.corpus import train_vocabulary
-from tools.make_tiny import WORDS
+from tools.make_tiny import SAMPLE_TEXT
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 STRINGS = [
@@ -108,7 +108,7 @@ def directories(tmp_path_factory):
     root = tmp_path_factory.mktemp("tokenizers")
     pieces = root / "sentencepiece"
     pieces.mkdir()
-    (pieces / "tokenizer.model").write_bytes(train_vocabulary(WORDS, 320))
+    (pieces / "tokenizer.model").write_bytes(train_vocabulary(SAMPLE_TEXT, 320))
     named = {"bos_token": "<s>", "eos_token": "</s>"}
     write_json(root / "byte level", byte_level(), **named)
     write_json(root / "byte fallback", byte_fallback(), **named)
@@ -223,7 +223,7 @@ def test_tokenizer_json_begins_a_text_at_most_once(tmp_path, token, process, add
 def test_a_sentencepiece_without_bos_begins_with_nothing(tmp_path):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(WORDS.split("\n")),
+        sentence_iterator=iter(SAMPLE_TEXT.split("\n")),
         model_writer=model,
         vocab_size=60,
         model_type="char",
@@ -370,7 +370,7 @@ def train_prefixed() -> bytes:
     """A model that puts a space before a text, and takes the first away when it decodes."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(WORDS.split("\n")),
+        sentence_iterator=iter(SAMPLE_TEXT.split("\n")),
         model_writer=model,
         model_type="bpe",
         vocab_size=320,

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling.generation.sampling import Draft, RandomStream, Sampling, acceptance, residual
+from modeling.generation.sampling import (
+    Draft,
+    RandomStream,
+    Sampling,
+    acceptance_probability,
+    residual_distribution,
+)
 
 logit_lists = st.lists(st.floats(-8, 8), min_size=1, max_size=12)
 
@@ -91,11 +97,11 @@ def test_a_judged_draft_is_distributed_as_it_is_wanted(pair):
     result = [0.0] * len(p_V)
     for draft, drafted in enumerate(q_V.tolist()):
         if drafted > 0:
-            kept = acceptance(p_V, q_V, draft)
+            kept = acceptance_probability(p_V, q_V, draft)
             assert 0 <= kept <= 1
             result[draft] += drafted * kept
             if kept < 1:
-                for token, share in enumerate(residual(p_V, q_V).tolist()):
+                for token, share in enumerate(residual_distribution(p_V, q_V).tolist()):
                     result[token] += drafted * (1 - kept) * share
     assert result == pytest.approx(p_V.tolist(), abs=1e-12)
 
@@ -104,7 +110,7 @@ def test_a_judged_draft_is_distributed_as_it_is_wanted(pair):
 def test_as_many_drafts_are_kept_as_the_two_have_in_common(pair):
     p_V, q_V = pair
     drafts = [token for token, share in enumerate(q_V.tolist()) if share > 0]
-    kept = sum(float(q_V[token]) * acceptance(p_V, q_V, token) for token in drafts)
+    kept = sum(float(q_V[token]) * acceptance_probability(p_V, q_V, token) for token in drafts)
     assert kept == pytest.approx(torch.minimum(p_V, q_V).sum().item(), abs=1e-12)
 
 
@@ -112,14 +118,14 @@ def test_as_many_drafts_are_kept_as_the_two_have_in_common(pair):
 def test_what_replaces_a_refused_draft_is_never_that_draft(pair):
     p_V, q_V = pair
     for token, share in enumerate(q_V.tolist()):
-        if share > 0 and acceptance(p_V, q_V, token) < 1 - 1e-9:
-            assert residual(p_V, q_V)[token] == 0
+        if share > 0 and acceptance_probability(p_V, q_V, token) < 1 - 1e-9:
+            assert residual_distribution(p_V, q_V)[token] == 0
 
 
 def test_equal_distributions_leave_something_to_draw_from():
     p_V = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    assert acceptance(p_V, p_V.clone(), 1) == 1
-    assert residual(p_V, p_V.clone()).equal(p_V)
+    assert acceptance_probability(p_V, p_V.clone(), 1) == 1
+    assert residual_distribution(p_V, p_V.clone()).equal(p_V)
 
 
 @given(logit_lists, st.floats(0.3, 2), st.integers(1, 5), st.floats(0.1, 1), st.floats(0, 0.9))
@@ -135,14 +141,14 @@ def test_a_greedy_draft_is_judged_by_the_likeliest_token():
     logits_V = torch.tensor([0.1, 3.0, 2.0])
     assert Sampling().draft(logits_V, RandomStream(0)) == (1, None)
     for token in range(3):
-        assert Sampling().judge(Draft(token, None), logits_V, RandomStream(0)) == 1
+        assert Sampling().judge_draft(Draft(token, None), logits_V, RandomStream(0)) == 1
 
 
 def test_what_the_filters_exclude_is_refused():
     sampling, certain_V = Sampling(temperature=1.0, top_k=1), torch.tensor([0.0, 1.0]).double()
     for seed in range(20):
         draft = Draft(1, certain_V)
-        assert sampling.judge(draft, torch.tensor([2.0, 1.0]), RandomStream(seed)) == 0
+        assert sampling.judge_draft(draft, torch.tensor([2.0, 1.0]), RandomStream(seed)) == 0
 
 
 def test_streams_repeat_with_a_seed_and_differ_without_one():
@@ -180,6 +186,6 @@ def test_logits_that_are_no_numbers_are_an_error():
     damaged_V, draft = torch.tensor([0.0, float("nan")]), Draft(0, torch.tensor([0.5, 0.5]))
     for sampling in (Sampling(), Sampling(temperature=1.0)):
         with pytest.raises(ValueError, match="NaN"):
-            sampling.judge(draft, damaged_V, RandomStream(0))
+            sampling.judge_draft(draft, damaged_V, RandomStream(0))
         with pytest.raises(ValueError, match="NaN"):
             sampling.draft(damaged_V, RandomStream(0))

@@ -144,9 +144,9 @@ def test_the_contexts_end_cuts_where_plain_decoding_does(kind, draft_tokens, rou
 class Wandering(FixedCount):
     """Another number of drafts every round, none among them."""
 
-    def next(self) -> int:
+    def choose_count(self) -> int:
         self.turn = getattr(self, "turn", 0) + 1
-        return (self.turn * 3) % (self.most + 1)
+        return (self.turn * 3) % (self.max_drafts + 1)
 
 
 @pytest.mark.parametrize("kind", ["mla", "windows and sinks", "multipliers"])
@@ -197,9 +197,10 @@ def test_drafting_stops_where_it_does_not_pay(monkeypatch):
     """Seconds are made up: a draft takes as long as a plain step."""
 
     class Slow(draft_counts.MeasuredCount):
-        def observe(self, seen):
-            count = max(seen.drafted)
-            super().observe(Round(seen.drafted, seen.accepted, 1.0 * count, 1.0 + 0.1 * count))
+        def observe(self, last_round):
+            drafted, accepted = last_round.drafted, last_round.accepted
+            count = max(drafted)
+            super().observe(Round(drafted, accepted, 1.0 * count, 1.0 + 0.1 * count))
 
     monkeypatch.setattr(GENERATE, "MeasuredCount", Slow)
     generation = generate(MODELS["mla", 1], [5, 2, 8], 60, draft_tokens="auto")
@@ -213,7 +214,7 @@ def test_greedy_drafting_draws_no_random_numbers(monkeypatch):
         raise AssertionError("a greedy run drew a random number")
 
     monkeypatch.setattr(RandomStream, "draw", refuse)
-    monkeypatch.setattr(RandomStream, "happens", refuse)
+    monkeypatch.setattr(RandomStream, "draw_bool", refuse)
     before = torch.random.get_rng_state()
     list(generate(MODELS["mla", 1], [5, 2], 20, draft_tokens=3))
     generate_batch(MODELS["mla", 1], [[5, 2], [1]], 20, draft_tokens=3)
@@ -242,7 +243,7 @@ class EveryBranch:
     def draw(self, probability_V) -> int:
         return self.branch(probability_V.tolist())
 
-    def happens(self, probability: float) -> bool:
+    def draw_bool(self, probability: float) -> bool:
         return self.branch([probability, 1 - probability]) == 0
 
     def advance(self) -> bool:
