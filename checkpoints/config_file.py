@@ -1,4 +1,4 @@
-"""config.json and its kin: strict JSON, and fields read with type, range and aliases checked."""
+"""Reads config.json and similar files: strict JSON, and fields with checked types and ranges."""
 
 import json
 import math
@@ -11,33 +11,33 @@ from moe import ConfigError
 
 
 class CheckpointError(ValueError):
-    """A checkpoint directory that cannot be used; names the file, what was found and expected."""
+    """An error in a checkpoint: names the file, what was found and what was expected."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Duplicate keys, NaN and infinities are errors, as in RFC 8259."""
+    """Read the object in a JSON file. Duplicate keys, NaN and infinities are errors (RFC 8259)."""
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise CheckpointError(f"{path}: the key {twice!r} stands twice in one object")
+            raise CheckpointError(f"{path}: the key {twice!r} occurs twice in one object")
         return dict(pairs)
 
-    def no_constant(name: str) -> NoReturn:
-        raise CheckpointError(f"{path}: {name} is not a number of JSON's, or beyond float64")
+    def refuse_constant(name: str) -> NoReturn:
+        raise CheckpointError(f"{path}: {name} is not a JSON number, or exceeds float64")
 
-    def finite(digits: str) -> float:
+    def read_float(digits: str) -> float:
         value = float(digits)
-        return no_constant(digits) if math.isinf(value) else value
+        return refuse_constant(digits) if math.isinf(value) else value
 
     check_regular(path)
     try:
         value = json.loads(
             path.read_text(encoding="utf-8"),
-            object_pairs_hook=no_duplicates,
-            parse_constant=no_constant,
-            parse_float=finite,
+            object_pairs_hook=refuse_duplicates,
+            parse_constant=refuse_constant,
+            parse_float=read_float,
         )
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: nested too deeply") from None
     except CheckpointError:
         raise
-    except ValueError as error:  # a whole number of thousands of digits
+    except ValueError as error:  # an integer with thousands of digits
         raise CheckpointError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected an object")
@@ -58,35 +58,35 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse directories, and pipes, which would be waited for."""
+    """Refuse directories, and pipes, from which reading would block."""
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path}: not a regular file")
 
 
 class NamedInt(int):
-    """A whole number that knows the key it stood under."""
+    """An integer with the key that it was read from."""
 
     published_name: str
 
 
 class NamedFloat(float):
-    """A number that knows the key it stood under."""
+    """A float with the key that it was read from."""
 
     published_name: str
 
 
 class Fields:
-    """Typed access to a published config. Remembers what was asked for, so the rest can be listed.
+    """Typed access to a published config. Records the keys that were read, to list the others.
 
-    Every reader takes the key, or several spellings of it, the first present one winning, and an
-    optional default; without one the key is required. A null counts as absent.
-    named: give numbers that know their keys, so that a `ConfigError` about one names its key.
+    Every reader takes the key, or several spellings of it, of which the first present one is read.
+    Without a default the key is required. A null counts as absent.
+    named: return numbers with their keys, so that a `ConfigError` about a number names its key.
     """
 
     def __init__(self, raw: Mapping[str, Any], where: str = "", named: bool = False) -> None:
         self.raw, self.where, self.named = raw, where, named
         self.asked: set[str] = set()
-        self.parts: list[Fields] = []  # sections that describe a model themselves
+        self.parts: list[Fields] = []  # sections that are the config of a model
 
     def integer(
         self,
@@ -99,7 +99,7 @@ class Fields:
         whole = isinstance(value, int) and not isinstance(value, bool)
         expected = f"a whole number from {at_least} to {at_most}"
         self.check(whole and at_least <= value <= at_most, key, value, expected)
-        return self.give(NamedInt, key, value)
+        return self.attach_key(NamedInt, key, value)
 
     def number(
         self,
@@ -117,15 +117,15 @@ class Fields:
         limits += [f"<= {at_most:g}"] if at_most < sys.float_info.max else []
         expected = " ".join(["a finite number", " and ".join(limits)]).strip()
         self.check(real and above < value and at_least <= value <= at_most, key, value, expected)
-        return self.give(NamedFloat, key, float(value))
+        return self.attach_key(NamedFloat, key, float(value))
 
     def flag(self, *keys: str, default: bool | None = None) -> bool:
         key, value = self.find(keys, default)
         self.check(isinstance(value, bool), key, value, "true or false")
         return value
 
-    def flag_is(self, key: str, expected: bool) -> None:
-        """A switch that must stand where it stands in every release; it may be absent."""
+    def require_flag(self, key: str, expected: bool) -> None:
+        """Refuse another value than that of all releases; the key may be absent."""
         value = self.flag(key, default=expected)
         self.check(value is expected, key, value, str(expected).lower())
 
@@ -138,10 +138,12 @@ class Fields:
             isinstance(v, int) and not isinstance(v, bool) and v >= at_least for v in value
         )
         self.check(whole, key, value, f"a list of whole numbers >= {at_least}")
-        return tuple(self.give(NamedInt, f"{key}[{i}]", number) for i, number in enumerate(value))
+        return tuple(
+            self.attach_key(NamedInt, f"{key}[{i}]", number) for i, number in enumerate(value)
+        )
 
     def per_layer(self, num_layers: int, *keys: str, default: int | None = None) -> list[int]:
-        """A whole number for every layer: one for all, or a list of at least so many."""
+        """A whole number for each layer, from one number for all of them or a list."""
         key, value = self.find(keys, default)
         if not isinstance(value, list):
             return [self.integer(*keys, default=default)] * num_layers
@@ -150,7 +152,7 @@ class Fields:
         return list(values[:num_layers])
 
     def layer_kinds(self, key: str, known: Sequence[str], default: Sequence[str]) -> list[str]:
-        """A kind for every layer, as many as `default` has."""
+        """The kind of each layer; there are as many layers as kinds in `default`."""
         _, value = self.find([key], default)
         right = isinstance(value, list | tuple) and len(value) >= len(default)
         kinds = ", ".join(known)
@@ -167,7 +169,7 @@ class Fields:
         return self.integer(*keys, at_least=at_least) if self.has(*keys) else None
 
     def section(self, *keys: str) -> "Fields | None":
-        """The object under the first of `keys` that is present; None if none is."""
+        """The object under the first present key; None if there is none."""
         key, value = self.find(keys, {})
         self.check(isinstance(value, dict), key, value, "an object")
         return Fields(value, f"{self.where}{key}.", self.named) if value else None
@@ -177,11 +179,11 @@ class Fields:
         return any(self.raw.get(key) is not None for key in keys)
 
     def unread(self) -> list[str]:
-        """Keys that nothing asked for."""
+        """The keys that were not read."""
         return sorted(set(self.raw) - self.asked)
 
-    def give(self, kind: type, key: str, value: Any) -> Any:
-        """A number with the key that it was read from, or the keys that it was computed from."""
+    def attach_key(self, kind: type, key: str, value: Any) -> Any:
+        """A number with its key, or with the expression of keys that it was computed from."""
         if not self.named:
             return value
         named = kind(value)

@@ -1,9 +1,7 @@
-"""A checkpoint directory -> another one: dequantised, in another dtype, in other shards, in our own
-format.
+"""A checkpoint directory -> another one: dequantised, in another dtype, other shards or our format.
 
-Unless it is our own format, tensor names stay what they are, so everything stays: MTP modules,
-copies, tensors that no model of ours has. Streams: a shard of the result is the most that is in
-memory.
+In its own format a checkpoint keeps every tensor name, and so every tensor: MTP modules, copies,
+and tensors that our model does not have. At most one shard of the result is in memory at a time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,16 +13,16 @@ import torch
 from torch import Tensor
 
 from .config_file import CheckpointError
-from .contents import Contents, compare
+from .contents import Contents, compare_files
 from .families import native
-from .load import differing, kept_dtypes, untied
+from .load import choose_dtypes, read_if_different, untie_head
 from .mapping import Entry, Shape
 from .precision import Precision
-from .published_config import family_of, read_config
-from .save import native_json, with_dtype
+from .published_config import find_family, read_config
+from .save import make_native_json, update_dtype
 from .storage.shards import READABLE, Shards, open_shards, raise_any
 from .storage.weights import Weight
-from .storage.writing import FP8, Planned, write_checkpoint
+from .storage.writing import FP8, PlannedTensor, write_checkpoint
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
@@ -40,9 +38,9 @@ def convert(
 ) -> None:
     """Write the checkpoint at `source` into the new directory `target`.
 
-    dtype, to: as of `save_model`, but a dtype of None makes bfloat16 of what is quantised. classes:
-    as of `load_model`. The source is checked as for loading; every other file in it, like the
-    tokenizer's, is copied.
+    dtype, to: as in `save_model`, but a dtype of None makes quantised weights bfloat16.
+    classes: as in `load_model`. The source is checked as for loading. Its other files, such as the
+    tokenizer's, are copied.
     Raises CheckpointError, and writes nothing, if the source is damaged or the target exists.
     """
     source, target = Path(source).resolve(), Path(target).resolve()
@@ -52,15 +50,15 @@ def convert(
     if source == target:
         raise CheckpointError(f"{target}: is the source itself; choose another path")
     with open_shards(source) as shards:
-        contents = compare(source, config, shards)
+        contents = compare_files(source, config, shards)
         raise_any(contents.errors)
-        stacks = family_of(config, source).rules is None
+        stacks = find_family(config, source).rules is None
         if to and not stacks:
             config_json, tensors = plan_in_our_format(contents, shards, dtype)
         else:
             config_json = dict(config.published)
             tensors = plan_as_stored(contents, shards, dtype, stacks)
-        config_json = with_dtype(config_json, main_dtype(contents, shards), dtype)
+        config_json = update_dtype(config_json, find_model_dtype(contents, shards), dtype)
         write_checkpoint(
             target, config_json, tensors, max_shard_bytes, companions(source), progress
         )
@@ -68,42 +66,46 @@ def convert(
 
 def plan_as_stored(
     contents: Contents, shards: Shards, dtype: torch.dtype | None, stacks: bool
-) -> list[Planned]:
-    """Every weight under its name. stacks: a file's stack of matrices may be in FP8."""
+) -> list[PlannedTensor]:
+    """Plan every weight under its published name. stacks: as in `Precision`."""
     ours = {entry.published: entry.ours[0] for entry in contents.entries}
     precision = Precision(contents.model, dtype, stacks)
     tensors = []
     for name, weight in contents.weights.items():
-        kept = precision.of(ours.get(name), name, weight.shape, dtype_of(weight, shards))
-        make = partial(weight.read, shards, exact_for(kept) if weight.quantized else None, "cpu")
-        tensors.append(Planned(name, weight.shape, kept, make))
+        kept = precision.choose(ours.get(name), name, weight.shape, find_dtype(weight, shards))
+        make = partial(
+            weight.read, shards, choose_read_dtype(kept) if weight.quantized else None, "cpu"
+        )
+        tensors.append(PlannedTensor(name, weight.shape, kept, make))
     return tensors
 
 
 def plan_in_our_format(
     contents: Contents, shards: Shards, dtype: torch.dtype | None
-) -> tuple[dict[str, Any], list[Planned]]:
-    """Every tensor of the model by our name, and the config spelled out."""
+) -> tuple[dict[str, Any], list[PlannedTensor]]:
+    """Plan config.json and every tensor of the model in our own format."""
     config, entries = contents.config, list(contents.entries)
     for head in contents.heads:
-        if differing(head, contents, shards, None) is not None:
-            config = untied(config)
+        if read_if_different(head, contents, shards, None) is not None:
+            config = untie_head(config)
             entries.append(Entry(head.published, head.shape, ("head.weight",)))
     sources: dict[str, list[Entry]] = {}
     for entry in entries:
         for name in entry.ours:
             sources.setdefault(name, []).append(entry)
-    precision, own = Precision(contents.model, dtype, stacks=True), kept_dtypes(contents, shards)
+    precision, own = Precision(contents.model, dtype, stacks=True), choose_dtypes(contents, shards)
     shapes = contents.shapes | {"head.weight": (config.vocab_size, config.d_model)}
     tensors = []
-    for name, filled_from in sources.items():
-        kept = precision.of(name, name, shapes[name], own.get(name, own["embed.weight"]))
-        make = partial(assemble, name, filled_from, contents, shards, shapes, exact_for(kept))
-        tensors.append(Planned(name, shapes[name], kept, make))
-    return native_json(config), tensors
+    for name, parts in sources.items():
+        kept = precision.choose(name, name, shapes[name], own.get(name, own["embed.weight"]))
+        make = partial(
+            assemble_tensor, name, parts, contents, shards, shapes, choose_read_dtype(kept)
+        )
+        tensors.append(PlannedTensor(name, shapes[name], kept, make))
+    return make_native_json(config), tensors
 
 
-def assemble(
+def assemble_tensor(
     name: str,
     entries: Sequence[Entry],
     contents: Contents,
@@ -111,7 +113,7 @@ def assemble(
     shapes: Mapping[str, Shape],
     dtype: torch.dtype,
 ) -> Tensor:
-    """One of our tensors from the published ones that make it up."""
+    """Make one of our tensors from the published tensors that it consists of."""
     state = {
         ours: torch.empty(shapes[ours], dtype=dtype) for entry in entries for ours in entry.ours
     }
@@ -121,24 +123,24 @@ def assemble(
     return state[name]
 
 
-def exact_for(kept: torch.dtype) -> torch.dtype:
-    """What is to be made of a weight that is then written as `kept`, so that it is rounded once."""
+def choose_read_dtype(kept: torch.dtype) -> torch.dtype:
+    """The dtype to read a quantised weight in before it is stored as `kept`: it is rounded once."""
     return torch.float32 if kept == FP8 else kept
 
 
-def dtype_of(weight: Weight, shards: Shards) -> torch.dtype:
-    """What a weight is read as if nothing else is asked for."""
+def find_dtype(weight: Weight, shards: Shards) -> torch.dtype:
+    """The dtype that a weight is read in by default."""
     return torch.bfloat16 if weight.quantized else READABLE[shards.tensors[weight.names[0]].dtype]
 
 
-def main_dtype(contents: Contents, shards: Shards) -> torch.dtype:
-    """That of the embedding, which nobody quantises."""
+def find_model_dtype(contents: Contents, shards: Shards) -> torch.dtype:
+    """The dtype of the embedding, which no format quantises."""
     names = [entry.published for entry in contents.entries if entry.ours == ("embed.weight",)]
-    return dtype_of(contents.weights[names[0]], shards)
+    return find_dtype(contents.weights[names[0]], shards)
 
 
 def companions(directory: Path) -> list[Path]:
-    """The files of a checkpoint that neither hold weights nor describe their files."""
+    """The other files of a checkpoint: no weights, config.json or index."""
     return [file for file in sorted(directory.iterdir()) if is_companion(file)]
 
 

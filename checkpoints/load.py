@@ -1,6 +1,6 @@
-"""A checkpoint directory -> a Transformer. Strict: every tensor is there, fits, is used.
+"""A checkpoint directory -> a Transformer. Strict: every tensor is present, fits and is used.
 
-Tensor by tensor: each is read from the mapped file into its place, dequantised on the way, so
+Tensors are read one by one from the mapped file into their place, and dequantised on the way, so
 memory peaks at the weights plus one tensor.
 """
 
@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from modeling import ModelConfig, Transformer
 
-from .contents import Contents, compare, hollow
+from .contents import Contents, build_on_meta, compare_files
 from .mapping import Entry
-from .precision import exact_names
+from .precision import find_exact
 from .published_config import read_config
 from .storage.shards import READABLE, Shards, open_shards, raise_any
 
@@ -31,38 +31,47 @@ def load_model(
     classes: Sequence[type] = (),
     progress: bool = True,
 ) -> Transformer:
-    """The model in a checkpoint directory, in eval mode and without gradients.
+    """Load the model of a checkpoint directory, in eval mode and without gradients.
 
-    dtype: of the weights; None keeps what is stored, and makes bfloat16 of quantised weights. What
-    a part of the model calls `exact`, like a selection bias, stays in float32 at least.
-    mtp: load the MTP modules. A checkpoint whose config announces them and which holds none of
-    their tensors loads without, with a warning.
-    layers: load the first so many layers only, without MTP modules.
+    dtype: of the weights; None keeps the stored dtypes, and makes quantised weights bfloat16. The
+    tensors that a module calls `exact`, such as a selection bias, stay in float32 at least.
+    mtp: load the MTP modules. If the config announces modules and the files hold no tensor of
+    them, the model is loaded without modules, with a warning.
+    layers: load only the first `layers` layers, without MTP modules.
     classes: config classes from outside the package that a file in our own format may name.
-    Raises CheckpointError (a ValueError) for anything missing, unexpected, misshapen or unknown.
+    Raises CheckpointError (a ValueError) for any missing, unexpected, misshapen or unknown tensor
+    or config field.
     """
     directory = Path(path)
     config = read_config(directory, classes)
     with open_shards(directory) as shards:
-        contents = compare(directory, config, shards, mtp, layers)
+        contents = compare_files(directory, config, shards, mtp, layers)
         raise_any(contents.errors)
         for note in contents.notes:
             warnings.warn(note, stacklevel=2)
-        state = fill(contents, shards, torch.device(device), dtype, progress)
+        state = read_entries(contents, shards, torch.device(device), dtype, progress)
         for copy in contents.copies:
-            if differing(copy, contents, shards, state[copy.ours[0]]) is not None:
-                told = (
-                    f"{copy.published} differs from the tensor it repeats: not used; "
-                    "mtp_own_embedding or mtp_own_head in config.json would"
+            if read_if_different(copy, contents, shards, state[copy.ours[0]]) is not None:
+                message = (
+                    f"{copy.published} differs from the tensor it repeats and is not used; "
+                    "set mtp_own_embedding or mtp_own_head in config.json to use it"
                 )
-                warnings.warn(told, stacklevel=2)
+                warnings.warn(message, stacklevel=2)
         model = contents.model
         for entry in contents.heads:
-            if (head := differing(entry, contents, shards, state["embed.weight"])) is not None:
-                told = f"{entry.published} differs from the embedding that config.json ties it to: "
-                warnings.warn(told + "used as it is stored", stacklevel=2)
+            if (
+                head := read_if_different(entry, contents, shards, state["embed.weight"])
+            ) is not None:
+                message = (
+                    f"{entry.published} differs from the embedding that config.json ties it to: "
+                    "used as it is stored"
+                )
+                warnings.warn(message, stacklevel=2)
                 embed = state["embed.weight"]
-                model, state["head.weight"] = hollow(untied(model.config)), head.to(embed)
+                model, state["head.weight"] = (
+                    build_on_meta(untie_head(model.config)),
+                    head.to(embed),
+                )
     state.setdefault("head.weight", state["embed.weight"])
     model.load_state_dict(state, strict=True, assign=True)
     if model.config.tied_embeddings:
@@ -70,35 +79,35 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def fill(
+def read_entries(
     contents: Contents,
     shards: Shards,
     device: torch.device,
     dtype: torch.dtype | None,
     progress: bool,
 ) -> dict[str, Tensor]:
-    """Read every entry into its place among newly made tensors of ours."""
+    """Make the tensors of the model, by our names, and read every entry into its place."""
     shapes = contents.shapes
     state = {
         name: torch.empty(shapes[name], dtype=kept, device=device)
-        for name, kept in kept_dtypes(contents, shards, dtype).items()
+        for name, kept in choose_dtypes(contents, shards, dtype).items()
     }
     bar = tqdm(contents.entries, desc="loading", unit="tensor", disable=None if progress else True)
     for entry in bar:
         weight = contents.weights[entry.published]
         wanted = state[entry.ours[0]].dtype if weight.quantized else None
-        # what is stored plainly is converted while it is copied, what is packed on the device
+        # a plain weight is converted while it is copied; a quantised one is unpacked on the device
         place = device if weight.quantized and device.type != "meta" else torch.device("cpu")
         entry.put(weight.read(shards, wanted, place), state)
     return state
 
 
-def kept_dtypes(
+def choose_dtypes(
     contents: Contents, shards: Shards, wanted: torch.dtype | None = None
 ) -> dict[str, torch.dtype]:
-    """Of each tensor of ours: the one wanted, else what holds all that it is stored in."""
+    """The dtype of each of our tensors: `wanted`, or one that holds all dtypes it is stored in."""
     dtypes: dict[str, torch.dtype] = {}
-    exact = exact_names(contents.model)
+    exact = find_exact(contents.model)
     for entry in contents.entries:
         weight = contents.weights[entry.published]
         stored = READABLE.get(shards.tensors[weight.names[0]].dtype, torch.bfloat16)
@@ -110,10 +119,12 @@ def kept_dtypes(
     return dtypes
 
 
-def differing(copy: Entry, contents: Contents, shards: Shards, own: Tensor | None) -> Tensor | None:
-    """A stored tensor that should repeat another one and does not; None if it does or is absent.
+def read_if_different(
+    copy: Entry, contents: Contents, shards: Shards, own: Tensor | None
+) -> Tensor | None:
+    """Read a stored tensor that should equal one of ours; None if it does, or if it is absent.
 
-    own: the other one, if it is in memory; else it is read too.
+    own: our tensor, if it is in memory; otherwise it is read too.
     """
     if copy.published not in contents.weights:
         return None
@@ -124,6 +135,7 @@ def differing(copy: Entry, contents: Contents, shards: Shards, own: Tensor | Non
     return None if torch.equal(stored, own) else stored.clone()
 
 
-def untied(config: ModelConfig) -> ModelConfig:
+def untie_head(config: ModelConfig) -> ModelConfig:
+    """The same description with a head of its own, also in `published`."""
     published = dict(config.published) | {"tie_word_embeddings": False}
     return replace(config, tied_embeddings=False, published=published)

@@ -1,13 +1,13 @@
-"""How published tensor names and ours correspond: rules as data, read in both directions.
+"""Maps published tensor names to ours and back, by rules that are data.
 
-A rule pairs a template of ours with one of theirs. `{layer}` runs over all layers, MTP modules
-continuing the count of the main ones, and `{mtp}` is their number among themselves; `{expert}` in
-the published name says that the file keeps each expert of our stacked tensor by itself. Where their
-tensor is not simply ours, an einops pattern says how it becomes ours, several of which are stacked
-along the first axis, P.
+A rule pairs our name with the published one. In both, `{layer}` stands for the number of a layer,
+where MTP modules follow the main layers, and `{mtp}` for the number of an MTP module. `{expert}` in
+the published name means that the file stores each expert of our stacked tensor separately. Where
+the published tensor is not equal to ours, an einops pattern says how to make ours from it; if it
+makes several of ours, they are stacked along the first axis, P.
 
-Where the files of a family come in several layouts there is a rule for each: the one whose names
-are there is used for loading, the first for saving.
+If the files of a family come in several layouts, there is a rule for each. Loading uses the one
+whose names are in the files; saving uses the first.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,11 +26,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """One correspondence; `ours` names one tensor, or several that are stored as one."""
+    """Maps one published tensor to ours; `ours` is one name, or several that are stored as one."""
 
     ours: str | tuple[str, ...]
     published: str
-    pattern: str | None = None  # theirs -> ours, as in "E (P F) D -> P E F D"; None: the same
+    pattern: str | None = None  # published -> ours: "E (P F) D -> P E F D"; None: equal
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -38,31 +38,31 @@ class Rule:
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
     def under(self, ours: str, published: str) -> "Rule":
-        """The same rule with a prefix before the names of either side."""
+        """The same rule with a prefix before our names and one before the published name."""
         names = tuple(ours + name for name in self.names)
         return Rule(names, published + self.published, self.pattern)
 
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a published family, and nothing of it anywhere else."""
+    """All that the project knows about a published family."""
 
     read_config: Callable[[Fields], ModelConfig]
-    rules: tuple[Rule, ...] | None  # None: files have our own names
-    copies: tuple[Rule, ...] = ()  # published names that repeat a tensor which has its own rule
-    ignored: tuple[str, ...] = ()  # patterns of published names that are not loaded: "vision.*"
+    rules: tuple[Rule, ...] | None  # None: the published names are ours
+    copies: tuple[Rule, ...] = ()  # published tensors that repeat one that has its own rule
+    ignored: tuple[str, ...] = ()  # patterns of published tensors that are not loaded: "vision.*"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file and where it belongs."""
+    """One published tensor and its place in our tensors."""
 
     published: str
     shape: Shape
     ours: tuple[str, ...]
     expert: int | None = None  # the index into the first dimension of `ours`
     pattern: str | None = None
-    repeats: bool = False  # a tensor that has an entry of its own
+    repeats: bool = False  # whether it repeats a tensor that has its own entry
 
     def parts(self, state: Mapping[str, Tensor]) -> list[Tensor]:
         """Views of our tensors that this entry fills."""
@@ -71,32 +71,32 @@ class Entry:
         ]
 
     def put(self, tensor: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Copy the file's tensor into its places in `state`."""
+        """Copy the published tensor into its place in `state`."""
         parts = self.parts(state)
-        pieces = tensor[None] if self.pattern is None else unpacked(tensor, self.pattern, parts)
+        pieces = tensor[None] if self.pattern is None else unpack(tensor, self.pattern, parts)
         for part, piece in zip(parts, pieces, strict=True):
             part.copy_(piece)
 
     def take(self, state: Mapping[str, Tensor]) -> Tensor:
-        """What `put` would have to be given for `state` to be as it is; a tensor of its own."""
+        """Make the published tensor from `state`, as a new tensor: the inverse of `put`."""
         parts = self.parts(state)
         if self.pattern is None:
             return parts[0].clone()
-        return packed(self.pattern, parts).contiguous()
+        return pack(self.pattern, parts).contiguous()
 
 
-def unpacked(tensor: Tensor, pattern: str, parts: Sequence[Tensor]) -> Tensor:
-    """A published tensor as ours, stacked."""
+def unpack(tensor: Tensor, pattern: str, parts: Sequence[Tensor]) -> Tensor:
+    """Make our tensors, stacked, from a published one."""
     return rearrange(tensor, pattern, **({"P": len(parts)} if "P" in pattern else {}))
 
 
-def packed(pattern: str, parts: Sequence[Tensor]) -> Tensor:
-    """Ours as the published tensor: the pattern backwards."""
+def pack(pattern: str, parts: Sequence[Tensor]) -> Tensor:
+    """Make the published tensor from ours: the pattern backwards."""
     theirs, ours = pattern.split("->")
     return rearrange(torch.stack(tuple(parts)), f"{ours} -> {theirs}")
 
 
-def correspondences(
+def apply_rules(
     rules: Sequence[Rule] | None,
     shapes: Mapping[str, Shape],
     config: ModelConfig,
@@ -104,12 +104,12 @@ def correspondences(
 ) -> list[Entry]:
     """An entry for every tensor of a file that holds a model of this config and these shapes.
 
-    present: the names in the file, which decide between layouts; None for the layout to save in.
-    Raises ValueError if the rules say nothing about one of our names.
+    present: the names in the file, which decide between layouts; None: the layout to save in.
+    Raises ValueError if no rule maps one of our names.
     """
     if rules is None:
         return [Entry(name, shape, (name,)) for name, shape in shapes.items()]
-    candidates = [entries for rule in rules for entries in instances(rule, shapes, config)]
+    candidates = [entries for rule in rules for entries in expand_rule(rule, shapes, config)]
     found: list[Entry] = []
     covered: set[str] = set()
 
@@ -125,39 +125,41 @@ def correspondences(
         cover(entries)
     unknown = sorted(set(shapes) - covered)
     if unknown:
-        raise ValueError(f"no rule says how the family publishes {', '.join(unknown)}")
+        raise ValueError(f"no rule of the family maps {', '.join(unknown)}")
     return found
 
 
-def num_blocks(config: ModelConfig) -> int:
+def count_blocks(config: ModelConfig) -> int:
     return len(config.layers) + len(config.mtp.blocks)
 
 
-def filled_in(template: str, layer: int, config: ModelConfig) -> str:
-    """A name of either side for one layer, or one MTP module."""
+def fill_template(template: str, layer: int, config: ModelConfig) -> str:
+    """The name of a tensor, ours or published, in one layer or MTP module."""
     mtp = layer - len(config.layers)
     return template.replace("{layer}", str(layer)).replace("{mtp}", str(mtp))
 
 
-def instances(rule: Rule, shapes: Mapping[str, Shape], config: ModelConfig) -> list[list[Entry]]:
-    """The entries of one rule, grouped by the tensors of ours that they fill together."""
+def expand_rule(rule: Rule, shapes: Mapping[str, Shape], config: ModelConfig) -> list[list[Entry]]:
+    """The entries of one rule, in groups that fill the same tensors of ours."""
     layered = "{layer}" in rule.names[0]
     groups = []
-    for layer in range(num_blocks(config) if layered else 1):
-        ours = tuple(filled_in(template, layer, config) for template in rule.names)
+    for layer in range(count_blocks(config) if layered else 1):
+        ours = tuple(fill_template(template, layer, config) for template in rule.names)
         if any(name not in shapes for name in ours):
             continue
-        published = filled_in(rule.published, layer, config)
+        published = fill_template(rule.published, layer, config)
         shape = shapes[ours[0]]
         if "{expert}" in published:
             names = [published.replace("{expert}", str(expert)) for expert in range(shape[0])]
             groups.append([Entry(name, shape[1:], ours, e) for e, name in enumerate(names)])
         else:
-            shape = shape if rule.pattern is None else shape_of_packed(rule.pattern, ours, shapes)
+            shape = (
+                shape if rule.pattern is None else compute_packed_shape(rule.pattern, ours, shapes)
+            )
             groups.append([Entry(published, shape, ours, None, rule.pattern)])
     return groups
 
 
-def shape_of_packed(pattern: str, ours: tuple[str, ...], shapes: Mapping[str, Shape]) -> Shape:
-    hollow = [torch.empty(shapes[name], device="meta") for name in ours]
-    return tuple(packed(pattern, hollow).shape)
+def compute_packed_shape(pattern: str, ours: tuple[str, ...], shapes: Mapping[str, Shape]) -> Shape:
+    empty = [torch.empty(shapes[name], device="meta") for name in ours]
+    return tuple(pack(pattern, empty).shape)

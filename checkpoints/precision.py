@@ -1,4 +1,4 @@
-"""Which tensors of a model may be stored in which precision. Its parts say so themselves.
+"""The precision in which each tensor of a model may be stored. Its modules declare it:
 
   exact        names of a module's own tensors that stay in float32 at least
   quantizable  names of its own matrices that formats of 8 bits and fewer may hold
@@ -18,20 +18,20 @@ from .storage.writing import FP8
 
 
 class Precision:
-    """The dtypes that a model's tensors are written in, where one is asked for.
+    """Chooses the dtype in which each tensor of a model is stored, if `wanted` is requested.
 
-    stacks: a stack of matrices may be in FP8, each in blocks of its own, as in our own format.
+    stacks: a stack of matrices may be stored in FP8, as our own format does.
     """
 
     def __init__(self, model: Transformer, wanted: torch.dtype | None, stacks: bool) -> None:
         self.wanted, self.stacks = wanted, stacks
-        self.exact = exact_names(model)
-        self.quantizable = quantizable_names(model) if wanted == FP8 else set()
+        self.exact = find_exact(model)
+        self.quantizable = find_quantizable(model) if wanted == FP8 else set()
 
-    def of(
+    def choose(
         self, ours: str | None, published: str, shape: tuple[int, ...], own: torch.dtype
     ) -> torch.dtype:
-        """The dtype of a tensor that has `own` now; ours: None for one that is not the model's."""
+        """The stored dtype of a tensor of dtype `own`; ours: None if the model does not have it."""
         if self.wanted is None or ours in self.exact or not own.is_floating_point:
             return own
         if self.wanted != FP8:
@@ -46,8 +46,8 @@ class Precision:
         return FP8
 
 
-def exact_names(model: Transformer) -> set[str]:
-    """The tensors that no dtype asked for narrows."""
+def find_exact(model: Transformer) -> set[str]:
+    """The names of the tensors that keep float32 at least, whatever dtype is requested."""
     return {
         f"{path}.{name}"
         for path, module in model.named_modules()
@@ -55,13 +55,14 @@ def exact_names(model: Transformer) -> set[str]:
     }
 
 
-def quantizable_names(model: Transformer) -> set[str]:
-    """The matrices that may be quantised: none of embedding, head, routers and MTP projections.
+def find_quantizable(model: Transformer) -> set[str]:
+    """The names of the matrices that may be quantised.
 
-    Raises CheckpointError for a part that owns matrices and does not say.
+    Embedding, head, routers and MTP projections are not among them. Raises CheckpointError for a
+    module that owns matrices and does not declare which of them may be.
     """
     found = set()
-    for path, module in sublayer_modules(model):
+    for path, module in list_sublayer_modules(model):
         if isinstance(module, nn.Linear):
             found |= {f"{path}.weight"} if module.weight.shape[0] > 1 else set()
             continue
@@ -75,7 +76,7 @@ def quantizable_names(model: Transformer) -> set[str]:
     return found
 
 
-def sublayer_modules(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+def list_sublayer_modules(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
     """Every module of every attention and feed-forward, with its path."""
     blocks = {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
     numbers = zip(model.mtp, model.mtp_modules, strict=True)

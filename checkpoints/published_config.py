@@ -1,4 +1,4 @@
-"""config.json of a checkpoint -> ModelConfig, by the adapter of its family."""
+"""config.json of a checkpoint -> ModelConfig, through the adapter of its family."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -11,12 +11,12 @@ from moe import ConfigError
 from .config_file import CheckpointError, Fields, read_json
 from .families import FAMILIES, MECHANISMS, NOT_YET, native
 from .mapping import Family
-from .storage.shards import some
+from .storage.shards import list_some
 from .storage.weights import check_method
 
 
 def read_config(path: str | Path, classes: Sequence[type] = ()) -> ModelConfig:
-    """The description in a checkpoint directory's config.json, or in such a file.
+    """Read the config.json of a checkpoint directory, or such a file.
 
     classes: config classes from outside the package that a file in our own format may name.
     """
@@ -24,13 +24,13 @@ def read_config(path: str | Path, classes: Sequence[type] = ()) -> ModelConfig:
 
 
 def unread_keys(path: str | Path) -> list[str]:
-    """The keys of a config.json that say nothing about the architecture, or nothing we know of."""
+    """The keys of a config.json that nothing reads: unknown ones, or not about the architecture."""
     return interpret(Path(path))[1].unread()
 
 
 def interpret(path: Path, classes: Sequence[type] = ()) -> tuple[ModelConfig, Fields]:
-    """A config.json as its family reads it."""
-    file = config_path(path)
+    """Read a config.json through the adapter of its family."""
+    file = find_config_file(path)
     fields = Fields(read_json(file))
     name = str(fields.find(["model_type"], "")[1])
     if name in NOT_YET:
@@ -40,9 +40,9 @@ def interpret(path: Path, classes: Sequence[type] = ()) -> tuple[ModelConfig, Fi
         hint = f"; did you mean {near[0]}?" if near else ""
         known = ", ".join(sorted(FAMILIES))
         raise CheckpointError(f"{file}: model_type {name!r} is not one of {known}{hint}")
-    family = native.family(classes) if name == native.MODEL_TYPE else FAMILIES[name]
+    family = native.make_family(classes) if name == native.MODEL_TYPE else FAMILIES[name]
     try:
-        if quantization := quantization_of(fields):
+        if quantization := find_quantization_config(fields):
             check_method(quantization)
         config = read_by_family(family, fields)
         refuse_unread_mechanisms(fields, name)
@@ -52,7 +52,7 @@ def interpret(path: Path, classes: Sequence[type] = ()) -> tuple[ModelConfig, Fi
 
 
 def read_by_family(family: Family, fields: Fields) -> ModelConfig:
-    """What an adapter makes of a config; a ConfigError names the published key if there is one."""
+    """Read a config through its adapter; a ConfigError names the published key if there is one."""
     try:
         return family.read_config(fields)
     except ConfigError:
@@ -60,8 +60,8 @@ def read_by_family(family: Family, fields: Fields) -> ModelConfig:
         raise
 
 
-def quantization_of(fields: Fields) -> dict[str, Any]:
-    """quantization_config, which multimodal files have inside their text_config; {} without."""
+def find_quantization_config(fields: Fields) -> dict[str, Any]:
+    """The quantization_config, which multimodal files have in text_config; {} if there is none."""
     for section in (fields, fields.section("text_config")):
         if section is not None and (found := section.section("quantization_config")):
             return dict(found.raw)
@@ -69,7 +69,7 @@ def quantization_of(fields: Fields) -> dict[str, Any]:
 
 
 def refuse_unread_mechanisms(fields: Fields, family: str) -> None:
-    """A key that changes the architecture and that the family's adapter did not ask for."""
+    """Raise ConfigError for a key that changes the model and that the adapter did not read."""
     for part in (fields, *fields.parts):
         for key in part.unread():
             value, without = part.raw[key], MECHANISMS.get(key)
@@ -78,21 +78,21 @@ def refuse_unread_mechanisms(fields: Fields, family: str) -> None:
                 raise ConfigError(f"{found} changes the model in a way {family} does not have")
 
 
-def config_path(path: Path) -> Path:
-    """Where the config.json of a checkpoint is, or an error that says what is there instead."""
+def find_config_file(path: Path) -> Path:
+    """The path of the config.json; CheckpointError, with what was found instead, without one."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
     if path.is_file():
         return path
     file = path / "config.json"
     if not file.is_file():
-        found = some(sorted(entry.name for entry in path.iterdir()))
+        found = list_some(sorted(entry.name for entry in path.iterdir()))
         raise CheckpointError(f"{path}: not a model directory: no config.json; found {found}")
     return file
 
 
-def family_of(config: ModelConfig, where: object) -> Family:
-    """The family that a description was read from; our own format if it was read from nothing."""
+def find_family(config: ModelConfig, where: object) -> Family:
+    """The family that a config was read from; our own format if it was not read from a file."""
     name = str(config.published.get("model_type", native.MODEL_TYPE))
     if name not in FAMILIES:
         raise CheckpointError(

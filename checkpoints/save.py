@@ -1,7 +1,7 @@
-"""A Transformer -> a checkpoint directory: the layout of its family, or our own.
+"""A Transformer -> a checkpoint directory, in the layout of its family or in our own format.
 
-Everything is planned before anything is written: which tensors there are, under which names, in
-which precision. What cannot be saved is known then.
+All tensors, with their names and dtypes, are planned before anything is written, so a model that
+cannot be saved is refused before.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,15 +17,15 @@ from modeling import ModelConfig, Transformer
 from moe import ConfigError
 
 from .config_file import CheckpointError, Fields
-from .contents import entries_of, hollow, own_state
+from .contents import build_on_meta, list_entries, own_state
 from .families import native
 from .mapping import Family
 from .precision import Precision
-from .published_config import family_of
-from .storage.shards import some
-from .storage.writing import FP8, FP8_CONFIG, Planned, write_checkpoint
+from .published_config import find_family
+from .storage.shards import list_some
+from .storage.writing import FP8, FP8_CONFIG, PlannedTensor, write_checkpoint
 
-NATIVELY = f'save_model(model, path, to="{native.MODEL_TYPE}") writes it in our own format'
+NATIVE_HINT = f'save_model(model, path, to="{native.MODEL_TYPE}") writes it in our own format'
 
 
 def save_model(
@@ -35,15 +35,15 @@ def save_model(
     dtype: torch.dtype | None = None,
     to: str | None = None,
 ) -> None:
-    """Write the model, MTP modules included, as its family publishes it.
+    """Write the model, with its MTP modules, to a new directory.
 
-    dtype: None keeps that of the weights; torch.float8_e4m3fn stores every matrix inside the
-    blocks (not routers, embedding and head) in FP8 with a scale per block of 128 x 128. What a part
-    calls `exact` keeps its own.
-    to: "abacus" for our own format, in which every model can be written; None for the layout of the
-    family in `config.published`, and for ours if that is empty.
-    Raises CheckpointError if `path` exists and is not empty, or if the model is not what its config
-    and `config.published` describe.
+    dtype: of the stored weights; None keeps theirs. torch.float8_e4m3fn stores every matrix inside
+    the blocks (not routers, embedding and head) in FP8, with a scale per block of 128 x 128. The
+    tensors that a module calls `exact` keep their dtype.
+    to: "abacus" for our own format, which can hold every model; None for the layout of the family
+    in `config.published`, or for our own format if that is empty.
+    Raises CheckpointError if `path` exists and is not empty, or if the model differs from what its
+    config or `config.published` describes.
     """
     config_json, tensors = plan_checkpoint(model, dtype, to)
     write_checkpoint(Path(path).resolve(), config_json, tensors, max_shard_bytes)
@@ -51,67 +51,69 @@ def save_model(
 
 def plan_checkpoint(
     model: Transformer, dtype: torch.dtype | None = None, to: str | None = None
-) -> tuple[dict[str, Any], list[Planned]]:
-    """What `save_model` would write, config.json and tensors, or the error that it would raise."""
+) -> tuple[dict[str, Any], list[PlannedTensor]]:
+    """The config.json and the tensors that `save_model` writes; raises the same errors."""
     family, config_json = choose_layout(model.config, to)
-    described, state = hollow(model.config), own_state(model)
+    described, state = build_on_meta(model.config), own_state(model)
     check_tensors(state, own_state(described))
     precision = Precision(described, dtype, stacks=family.rules is None)
     whole = WholeTensors(state)
     try:
-        entries = entries_of(family, described)
+        entries = list_entries(family, described)
     except ValueError as error:
-        raise CheckpointError(f"{error}; {NATIVELY}") from None
+        raise CheckpointError(f"{error}; {NATIVE_HINT}") from None
     tensors = []
     for entry in entries:
         ours = entry.ours[0]
-        kept = precision.of(ours, entry.published, entry.shape, state[ours].dtype)
+        kept = precision.choose(ours, entry.published, entry.shape, state[ours].dtype)
         make = partial(entry.take, whole)
-        tensors.append(Planned(entry.published, entry.shape, kept, make))
-    return with_dtype(config_json, model.dtype, dtype), tensors
+        tensors.append(PlannedTensor(entry.published, entry.shape, kept, make))
+    return update_dtype(config_json, model.dtype, dtype), tensors
 
 
 def choose_layout(config: ModelConfig, to: str | None) -> tuple[Family, dict[str, Any]]:
-    """The family to write a model as, and its config.json."""
+    """The family whose layout a model is written in, and its config.json."""
     if to not in (None, native.MODEL_TYPE):
         raise ValueError(f"to = {to!r}: expected None or {native.MODEL_TYPE!r}")
-    family = native.family() if to or not config.published else family_of(config, "save_model")
+    family = (
+        native.make_family() if to or not config.published else find_family(config, "save_model")
+    )
     if family.rules is None:
-        return family, native_json(config)
+        return family, make_native_json(config)
     try:
         described = family.read_config(Fields(config.published))
     except ConfigError as error:
-        raise CheckpointError(f"the model's config.published: {error}; {NATIVELY}") from None
-    if found := list(differences(config, described)):
+        raise CheckpointError(f"the model's config.published: {error}; {NATIVE_HINT}") from None
+    if found := list(find_differences(config, described)):
         raise CheckpointError(
-            f"config.published describes another model: {some(found, separator='; ')}. Make them "
-            f"agree, or {NATIVELY}"
+            f"config.published describes another model: {list_some(found, separator='; ')}. "
+            f"Make them agree, or {NATIVE_HINT}"
         )
     return family, dict(config.published)
 
 
-def native_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json in our own format, with the ids of the tokens that the published one has."""
+def make_native_json(config: ModelConfig) -> dict[str, Any]:
+    """config.json in our own format, with the token ids of the published one."""
     try:
-        spelled = native.spell_out(config)
+        described = native.write_config(config)
     except ConfigError as error:
         raise CheckpointError(f"the model's config: {error}") from None
     text = config.published.get("text_config") or {}
     ids = {key: value for key, value in text.items() if key.endswith("_token_id")}
     ids |= {key: value for key, value in config.published.items() if key.endswith("_token_id")}
-    return spelled | ids
+    return described | ids
 
 
-def differences(mine: object, other: object, where: str = "") -> Iterator[str]:
-    """Where two descriptions differ, field by field."""
+def find_differences(mine: object, other: object, where: str = "") -> Iterator[str]:
+    """Yield each field in which two descriptions differ."""
     if is_dataclass(mine) and type(mine) is type(other):
         for field in fields(mine):
             if field.compare:
                 pair = getattr(mine, field.name), getattr(other, field.name)
-                yield from differences(*pair, f"{where}.{field.name}".lstrip("."))
+                yield from find_differences(*pair, f"{where}.{field.name}".lstrip("."))
     elif isinstance(mine, tuple) and isinstance(other, tuple) and len(mine) == len(other):
         for i, pair in enumerate(zip(mine, other, strict=True)):
-            yield from differences(*pair, f"{where}[{i}]")
+            yield from find_differences(*pair, f"{where}[{i}]")
     elif isinstance(mine, tuple) and isinstance(other, tuple):
         yield f"{where} has {len(mine)} elements here and {len(other)} as published"
     elif mine != other:
@@ -120,26 +122,26 @@ def differences(mine: object, other: object, where: str = "") -> Iterator[str]:
 
 def check_tensors(state: Mapping[str, Tensor], described: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless the model has the tensors that its config describes."""
-    found = [f"{name} is not described" for name in sorted(state.keys() - described.keys())]
+    found = [f"{name} is not in the config" for name in sorted(state.keys() - described.keys())]
     found += [f"{name} is missing" for name in sorted(described.keys() - state.keys())]
     found += [
-        f"{name} has shape {list(tensor.shape)}, described {list(described[name].shape)}"
+        f"{name} has shape {list(tensor.shape)}, expected {list(described[name].shape)}"
         for name, tensor in state.items()
         if name in described and tensor.shape != described[name].shape
     ]
     if found:
         raise CheckpointError(
-            f"the model is not what model.config describes: {some(found, separator='; ')}. Merge "
-            "adapters first; of a model whose parts were changed, change the config too"
+            f"the model differs from model.config: {list_some(found, separator='; ')}. "
+            "Merge adapters before saving; if you changed the model's parts, change its config too"
         )
 
 
 class WholeTensors(Mapping[str, Tensor]):
-    """A model's tensors, those sharded over processes gathered while they are asked for."""
+    """A model's tensors; those that `fully_shard` has sharded are gathered when they are read."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self.state = state
-        self._gathered: tuple[str, Tensor] | None = None  # the last one: experts are many in one
+        self._gathered: tuple[str, Tensor] | None = None  # the last: experts share one
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.state[name]
@@ -156,16 +158,16 @@ class WholeTensors(Mapping[str, Tensor]):
         return len(self.state)
 
 
-def with_dtype(
+def update_dtype(
     published: Mapping[str, Any], own: torch.dtype, wanted: torch.dtype | None
 ) -> dict[str, Any]:
-    """A config.json that says how the weights are stored now: dtype, quantisation."""
+    """A config.json with the dtype and the quantisation that the weights are stored in."""
     changed = {key: value for key, value in published.items() if key != "quantization_config"}
     plain = own if wanted in (None, FP8) else wanted
     known = [key for key in ("dtype", "torch_dtype") if key in published]
     changed |= dict.fromkeys(known or ["torch_dtype"], str(plain).removeprefix("torch."))
     if isinstance(text := published.get("text_config"), dict):
-        changed["text_config"] = with_dtype(text, own, None if wanted == FP8 else wanted)
+        changed["text_config"] = update_dtype(text, own, None if wanted == FP8 else wanted)
     if wanted == FP8:
         changed["quantization_config"] = FP8_CONFIG
     return changed

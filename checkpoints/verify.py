@@ -1,4 +1,4 @@
-"""Everything that can be wrong in a checkpoint directory, all of it at once.
+"""Lists every error in a checkpoint directory.
 
 Shapes: ... any dimensions, E experts.
 """
@@ -14,13 +14,13 @@ from modeling import ModelConfig, Transformer
 from moe import TopK
 
 from .config_file import CheckpointError, Fields
-from .contents import Contents, compare
+from .contents import Contents, compare_files
 from .mapping import Entry
 from .published_config import interpret
-from .storage.shards import Shards, some, survey_shards
+from .storage.shards import Shards, list_some, survey_shards
 from .text.tokenizer import Tokenizer, load_tokenizer
 
-TINY = 1e-30  # no trained weight is this small throughout: memory that was never written
+TINY = 1e-30  # no trained expert has only weights below this; unwritten memory may
 
 
 def verify(
@@ -29,10 +29,10 @@ def verify(
     progress: bool = False,
     classes: Sequence[type] = (),
 ) -> tuple[list[str], list[str]]:
-    """What is wrong with a checkpoint directory, and what is only worth knowing.
+    """The errors in a checkpoint directory, and notes, which do not prevent loading.
 
-    values: read every tensor too, one after the other, and look for NaN, infinities, experts that
-    were never written and selection biases that shut experts out. classes: as of `load_model`.
+    values: also read every tensor, one by one, and look for NaN, infinities, experts that were
+    never written, and experts that a selection bias excludes. classes: as in `load_model`.
     Raises CheckpointError only if there is no such directory.
     """
     directory = Path(path)
@@ -43,32 +43,34 @@ def verify(
     config = None
     try:
         config, fields = interpret(directory, classes)
-        notes += misspelled(fields)
+        notes += find_misspelled_keys(fields)
     except CheckpointError as error:
         errors.append(str(error))
     with survey_shards(directory) as shards:
         errors += shards.problems
         if config is not None:
-            contents = compare(directory, config, shards)
+            contents = compare_files(directory, config, shards)
             errors += contents.errors
             notes += contents.notes
             if values:
-                found = value_errors(contents, shards, progress)
+                found = check_values(contents, shards, progress)
                 errors += found
-    told = text_errors(directory, config)
-    return errors + told[0], notes + told[1]
+    text_errors, text_notes = check_text_files(directory, config)
+    return errors + text_errors, notes + text_notes
 
 
-def misspelled(fields: Fields) -> list[str]:
-    """Config keys that nothing reads and that are one slip away from one that is."""
+def find_misspelled_keys(fields: Fields) -> list[str]:
+    """Config keys that nothing reads, but whose spelling is close to one that is read."""
     pairs = [
         (key, get_close_matches(key, fields.asked, n=1, cutoff=0.93)) for key in fields.unread()
     ]
-    return [f"config.json: {key} is not read; {near[0]} would be" for key, near in pairs if near]
+    return [
+        f"config.json: {key} is not read; did you mean {near[0]}?" for key, near in pairs if near
+    ]
 
 
-def text_errors(directory: Path, config: ModelConfig | None) -> tuple[list[str], list[str]]:
-    """What is wrong with tokenizer and chat template."""
+def check_text_files(directory: Path, config: ModelConfig | None) -> tuple[list[str], list[str]]:
+    """Errors and notes about the tokenizer and the chat templates."""
     try:
         tokenizer = load_tokenizer(directory)
     except CheckpointError as error:
@@ -80,11 +82,11 @@ def text_errors(directory: Path, config: ModelConfig | None) -> tuple[list[str],
             f"{directory}: the tokenizer has {tokenizer.vocab_size} ids and the model "
             f"{config.vocab_size}: they do not belong together"
         )
-    return errors + template_errors(tokenizer), []
+    return errors + check_templates(tokenizer), []
 
 
-def template_errors(tokenizer: Tokenizer) -> list[str]:
-    """What goes wrong when each chat template is given the shortest conversation."""
+def check_templates(tokenizer: Tokenizer) -> list[str]:
+    """Render the shortest conversation with each chat template; list the errors."""
     errors = []
     try:
         for name in tokenizer.templates.names:
@@ -94,8 +96,8 @@ def template_errors(tokenizer: Tokenizer) -> list[str]:
     return errors
 
 
-def value_errors(contents: Contents, shards: Shards, progress: bool) -> list[str]:
-    """What is wrong with the values, tensor by tensor."""
+def check_values(contents: Contents, shards: Shards, progress: bool) -> list[str]:
+    """Read every tensor and list the errors in its values."""
     homes = {entry.published: entry for entry in contents.entries}
     errors = []
     bar = tqdm(
@@ -107,15 +109,15 @@ def value_errors(contents: Contents, shards: Shards, progress: bool) -> list[str
         except CheckpointError as error:
             errors.append(str(error))
             continue
-        found = list(tensor_errors(name, tensor, homes.get(name), contents.model))
+        found = list(check_tensor(name, tensor, homes.get(name), contents.model))
         errors += [f"{weight.file}: {error}" for error in found]
     return errors
 
 
-def tensor_errors(
+def check_tensor(
     name: str, tensor: Tensor, home: Entry | None, model: Transformer
 ) -> Iterator[str]:
-    """What is wrong with one tensor. home: where it belongs in the model."""
+    """Yield the errors in one tensor. home: where it belongs in the model."""
     nans, infinities = int(tensor.isnan().sum()), int(tensor.isinf().sum())
     if nans or infinities:
         yield f"{name} holds {nans:,} NaN and {infinities:,} infinite values of {tensor.numel():,}"
@@ -125,24 +127,24 @@ def tensor_errors(
     path, _, own = home.ours[0].rpartition(".")
     owner = model.get_submodule(path)
     if own in getattr(owner, "quantizable", ()):
-        yield from unwritten(name, tensor if tensor.dim() == 3 else tensor[None])
+        yield from find_unwritten_experts(name, tensor if tensor.dim() == 3 else tensor[None])
     rule = getattr(owner, "config", None)
     if own == "selection_bias" and isinstance(rule, TopK) and rule.num_groups == 1:
-        yield from shut_out(name, tensor.flatten(), rule.top_k)
+        yield from find_unreachable_experts(name, tensor.flatten(), rule.top_k)
 
 
-def unwritten(name: str, stack: Tensor) -> Iterator[str]:
-    """Experts, the first dimension, whose weights are all zero, or noise next to it."""
+def find_unwritten_experts(name: str, stack: Tensor) -> Iterator[str]:
+    """Yield an error if experts, the first dimension, have only zero or nearly zero weights."""
     largest_E = stack.abs().flatten(1).amax(dim=1)
     bad = (largest_E < TINY).nonzero().flatten().tolist()
     if bad:
-        which = f" (experts {some([str(expert) for expert in bad])})" if len(stack) > 1 else ""
+        which = f" (experts {list_some([str(expert) for expert in bad])})" if len(stack) > 1 else ""
         yield f"{name} is all zeros{which}"
 
 
-def shut_out(name: str, bias_E: Tensor, top_k: int) -> Iterator[str]:
-    """Experts that no token can choose: scores are between 0 and 1, and K others lead by more."""
+def find_unreachable_experts(name: str, bias_E: Tensor, top_k: int) -> Iterator[str]:
+    """Yield an error if no token can choose an expert: K others lead by more than a score's 1."""
     least = bias_E.topk(top_k).values[-1] - 1
-    bad = (bias_E < least).nonzero().flatten().tolist()
+    bad = [str(expert) for expert in (bias_E < least).nonzero().flatten().tolist()]
     if bad:
-        yield f"{name} keeps experts {some([str(expert) for expert in bad])} from ever being chosen"
+        yield f"{name} keeps experts {list_some(bad)} from ever being chosen"

@@ -20,9 +20,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import MtpModel
 from transformers.utils.logging import disable_progress_bar
 
-from checkpoints.contents import copied_entries, own_state
-from checkpoints.mapping import Entry, correspondences
-from checkpoints.published_config import family_of
+from checkpoints.contents import list_copies, own_state
+from checkpoints.mapping import Entry, apply_rules
+from checkpoints.published_config import find_family
 from modeling import ModelConfig, RopeConfig, Step, Transformer
 from modeling.rope import rotate
 
@@ -63,9 +63,9 @@ def entries_of(config: ModelConfig, present=None) -> list[Entry]:
     with torch.device("meta"):
         state = own_state(Transformer(config))
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    family = family_of(config, "a test")
-    entries = correspondences(family.rules, shapes, config, present)
-    return entries + copied_entries(family, config, shapes)
+    family = find_family(config, "a test")
+    entries = apply_rules(family.rules, shapes, config, present)
+    return entries + list_copies(family, config, shapes)
 
 
 def partners_of_the_first(rope: RopeConfig) -> set[int]:

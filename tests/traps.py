@@ -76,7 +76,7 @@ def experts_of(published: dict, **changes) -> MoEConfig:
     return found
 
 
-def hollow(published: dict, **changes) -> Transformer:
+def build_on_meta(published: dict, **changes) -> Transformer:
     """The model without memory for its weights."""
     with torch.device("meta"):
         return Transformer(read(published, **changes))

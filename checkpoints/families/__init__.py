@@ -1,4 +1,4 @@
-"""The registry: the model_type of a published config.json -> what is known of its family."""
+"""The registry: the model_type of a published config.json -> its family."""
 
 from ..mapping import Family
 from . import (
@@ -25,7 +25,7 @@ from . import (
 )
 
 FAMILIES: dict[str, Family] = {
-    native.MODEL_TYPE: native.family(),
+    native.MODEL_TYPE: native.make_family(),
     "deepseek": deepseek_v1.FAMILY,
     "deepseek_v2": deepseek_v2.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
@@ -48,13 +48,13 @@ FAMILIES: dict[str, Family] = {
     "solar_open": solar_open.FAMILY,
 }
 
-NOT_YET = {  # model types that would pass for a family here and are something else
+NOT_YET = {  # model types that look like a family here, but have another mechanism
     "deepseek_v32": "its sparse attention (a lightning indexer beside latent attention)",
     "glm_moe_dsa": "its sparse attention (an indexer shared between layers)",
 }
 
-# Keys that change what a model computes, wherever they are read, and the values that say "without".
-# An adapter that does not read one refuses any other value: nothing is silently ignored.
+# Keys that change what a model computes, in some family, and the values that mean "not used". If an
+# adapter does not read such a key, any other value is refused: nothing is silently ignored.
 FACTORS = (
     "attention_multiplier",
     "attention_value_scale",

@@ -1,6 +1,6 @@
-"""What several families inherited from DeepSeek: latent attention, V3's routing, MTP modules.
+"""What several families share with DeepSeek: latent attention, V3's routing, MTP modules.
 
-No family itself; like `llama`, of which it continues the vocabulary.
+This is no family itself; it extends `llama`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from . import llama
 def v3_experts(fields: Fields, sigmoid: Sequence[str] = ("sigmoid",)) -> MoEConfig:
     """Sigmoid scores, a selection bias, groups scored by their two best experts.
 
-    sigmoid: what the family's files call these scores.
+    sigmoid: the names of these scores in the family's files.
     """
     fields.choice("scoring_func", known=sigmoid, default="sigmoid")
     fields.choice("topk_method", known=["noaux_tc"], default="noaux_tc")
@@ -41,7 +41,7 @@ def v3_experts(fields: Fields, sigmoid: Sequence[str] = ("sigmoid",)) -> MoEConf
 
 
 def shared_width(fields: Fields) -> int:
-    """Several shared experts are stored, and run, as one of their summed width."""
+    """Several shared experts are stored, and run, as one whose width is their sum."""
     count = fields.integer("n_shared_experts", default=0, at_least=0)
     return count * fields.integer("moe_intermediate_size")
 
@@ -73,7 +73,7 @@ def latent_rope(fields: Fields, layout: str) -> RopeConfig:
     section = llama.rope_section(fields)
     if rope.yarn is None or section is None:
         return rope
-    correction = llama.g(llama.mscales(section)[1], rope.yarn.factor)
+    correction = llama.yarn_temperature(llama.mscales(section)[1], rope.yarn.factor)
     return replace(rope, softmax_multiplier=correction * correction)
 
 
@@ -96,7 +96,7 @@ def dense_and_sparse(
     mtp: bool = False,
     **more: Any,
 ) -> ModelConfig:
-    """Layers of the two kinds that are otherwise alike. mtp: read MTP modules, sparse ones."""
+    """Dense and sparse layers with the same attention. mtp: read MTP modules, which are sparse."""
     sparse = LayerConfig(attention=attention, feed_forward=moe)
     layers = [
         sparse if kind == "sparse" else replace(sparse, feed_forward=dense(fields))
@@ -112,7 +112,7 @@ def dense_and_sparse(
 
 
 def layer_kinds(fields: Fields) -> list[str]:
-    """mlp_layer_types; without it first_k_dense_replace dense layers, of which there is one."""
+    """mlp_layer_types; without it the first first_k_dense_replace layers (default 1) are dense."""
     count = llama.num_layers(fields)
     num_dense = fields.integer("first_k_dense_replace", default=1, at_least=0, at_most=count)
     default = ["dense"] * num_dense + ["sparse"] * (count - num_dense)
@@ -124,11 +124,11 @@ def dense(fields: Fields) -> DenseConfig:
 
 
 def mtp_modules(fields: Fields, block: LayerConfig) -> MTPConfig:
-    """As many modules as are announced.
+    """The modules that the config announces.
 
-    No release says how they are wired, and `MTPConfig` says where its defaults come from. A file
-    may say otherwise: mtp_hidden_states_first is read by transformers too, whatever the family; the
-    other keys are this project's, to write down what `probe-mtp` has found.
+    No release documents how they are wired; `MTPConfig` gives the sources of its defaults. The keys
+    read here override them: mtp_hidden_states_first, which transformers reads in every family, and
+    this project's own mtp_input and mtp_carry, which record what `probe-mtp` found.
     """
     keys = "num_nextn_predict_layers", "num_mtp_layers"
     count = fields.integer(*keys, default=0, at_least=0, at_most=1000)
@@ -141,7 +141,7 @@ def mtp_modules(fields: Fields, block: LayerConfig) -> MTPConfig:
     )
 
 
-LATENT_ATTENTION = llama.rules(
+LATENT_ATTENTION = llama.make_rules(
     {
         "attention.q.weight": "self_attn.q_proj.weight",
         "attention.q.compress.weight": "self_attn.q_a_proj.weight",
@@ -160,17 +160,17 @@ FEED_FORWARD = (
     *llama.DENSE,
     *llama.ROUTER,
     Rule("feed_forward.router.selection_bias", "mlp.gate.e_score_correction_bias"),
-    *llama.experts(),
-    *llama.gated("feed_forward.shared.", "mlp.shared_experts."),
+    *llama.expert_rules(),
+    *llama.gated_rules("feed_forward.shared.", "mlp.shared_experts."),
 )
 BLOCK = (*llama.NORMS, *LATENT_ATTENTION, *FEED_FORWARD)
-MTP = llama.rules(
+MTP = llama.make_rules(
     {
         "embedding_norm.weight": "enorm.weight",
         "state_norm.weight": "hnorm.weight",
         "projection.weight": "eh_proj.weight",
         "norm.weight": "shared_head.norm.weight",
-        # of their own, where they do not just repeat the main model's
+        # present if they do not repeat the main model's
         "embed.weight": "embed_tokens.weight",
         "head.weight": "shared_head.head.weight",
     }
@@ -181,12 +181,12 @@ MTP_COPIES = (
 )
 
 
-def with_mtp(block: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The decoder and its MTP modules, which are published as the layers behind the last one."""
+def mtp_rules(block: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The decoder and its MTP modules, which are published as the layers after the last one."""
     block = tuple(block)
     theirs = "model.layers.{layer}."
     return (
-        *llama.decoder(block),
+        *llama.decoder_rules(block),
         *(rule.under("mtp.{layer}.", theirs) for rule in MTP),
         *(rule.under("mtp.{layer}.block.", theirs) for rule in block),
     )

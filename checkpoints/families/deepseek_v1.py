@@ -42,6 +42,6 @@ def read_config(fields: Fields) -> ModelConfig:
     return llama.model_config(fields, layers)
 
 
-RULES = llama.decoder((*llama.NORMS, *llama.ATTENTION, *FEED_FORWARD))
+RULES = llama.decoder_rules((*llama.NORMS, *llama.ATTENTION, *FEED_FORWARD))
 
 FAMILY = Family(read_config, RULES, ignored=(llama.INV_FREQ,))

@@ -33,4 +33,4 @@ def read_config(fields: Fields) -> ModelConfig:
     return leading_dense(fields, latent_attention(fields, "interleaved"), moe, mtp=False)
 
 
-FAMILY = Family(read_config, llama.decoder(BLOCK), ignored=(llama.INV_FREQ,))
+FAMILY = Family(read_config, llama.decoder_rules(BLOCK), ignored=(llama.INV_FREQ,))

@@ -13,9 +13,9 @@ from .deepseek import (
     MTP_COPIES,
     latent_attention,
     leading_dense,
+    mtp_rules,
     rope_layout,
     v3_experts,
-    with_mtp,
 )
 
 
@@ -24,4 +24,4 @@ def read_config(fields: Fields) -> ModelConfig:
     return leading_dense(fields, attention, v3_experts(fields))
 
 
-FAMILY = Family(read_config, with_mtp(BLOCK), MTP_COPIES, (llama.INV_FREQ,))
+FAMILY = Family(read_config, mtp_rules(BLOCK), MTP_COPIES, (llama.INV_FREQ,))

@@ -27,12 +27,12 @@ def read_config(fields: Fields) -> ModelConfig:
             attention=replace(attention, window=window),
             feed_forward=dense(fields) if i < num_dense else moe,
         )
-        for i, window in enumerate(windows_of(fields))
+        for i, window in enumerate(read_windows(fields))
     ]
     return llama.model_config(fields, layers)
 
 
-def windows_of(fields: Fields) -> list[int | None]:
+def read_windows(fields: Fields) -> list[int | None]:
     """Windows from layer max_window_layers on: in the release that is behind the last one."""
     count = llama.num_layers(fields)
     window = fields.optional_integer("sliding_window")
@@ -44,4 +44,4 @@ def windows_of(fields: Fields) -> list[int | None]:
     return llama.windows(fields, window, default)
 
 
-FAMILY = Family(read_config, llama.decoder((*llama.NORMS, *llama.ATTENTION, *FEED_FORWARD)))
+FAMILY = Family(read_config, llama.decoder_rules((*llama.NORMS, *llama.ATTENTION, *FEED_FORWARD)))

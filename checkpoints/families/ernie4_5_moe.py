@@ -19,7 +19,7 @@ from .deepseek import dense, dense_and_sparse, mtp_modules
 
 def read_config(fields: Fields) -> ModelConfig:
     """use_bias, which no release sets and which would be everywhere, is not known here."""
-    fields.flag_is("use_bias", False)
+    fields.require_flag("use_bias", False)
     fields.choice("moe_gate_act", known=["softmax"], default="softmax")
     rope = llama.rope_config(fields, llama.head_width(fields), theta=5e5, layout="interleaved")
     attention = llama.grouped_query(fields, rope)
@@ -59,11 +59,11 @@ BIAS = "feed_forward.router.selection_bias"
 SPARSE = (
     *llama.ROUTER,
     Rule(BIAS, "mlp.moe_statics.e_score_correction_bias", "1 E -> 1 E"),
-    *llama.experts(),
-    *llama.gated("feed_forward.shared.", "mlp.shared_experts."),
+    *llama.expert_rules(),
+    *llama.gated_rules("feed_forward.shared.", "mlp.shared_experts."),
 )
 BLOCK = (*llama.NORMS, *llama.ATTENTION, *llama.DENSE)
-MTP = llama.rules(
+MTP = llama.make_rules(
     {
         "mtp.{layer}.embedding_norm.weight": "model.mtp_emb_norm.{mtp}.weight",
         "mtp.{layer}.state_norm.weight": "model.mtp_hidden_norm.{mtp}.weight",
@@ -71,7 +71,7 @@ MTP = llama.rules(
     }
 )
 RULES = (
-    *llama.decoder((*BLOCK, *SPARSE)),
+    *llama.decoder_rules((*BLOCK, *SPARSE)),
     *MTP,
     *(rule.under("mtp.{layer}.block.", "model.mtp_block.{mtp}.") for rule in BLOCK),
 )

@@ -20,11 +20,11 @@ def read_config(fields: Fields) -> ModelConfig:
 
 # post_attention_layernorm is what it says here; in the pre-norm families of the same lineage it
 # stands before the feed-forward layer
-NORMS = llama.rules(
+NORMS = llama.make_rules(
     {
         "attention_output_norm.weight": "post_attention_layernorm.weight",
         "feed_forward_output_norm.weight": "post_feedforward_layernorm.weight",
     }
 )
 
-FAMILY = Family(read_config, llama.decoder((*NORMS, *llama.ATTENTION, *SPARSE)))
+FAMILY = Family(read_config, llama.decoder_rules((*NORMS, *llama.ATTENTION, *SPARSE)))

@@ -5,7 +5,7 @@ from modeling import ModelConfig
 from ..config_file import Fields
 from ..mapping import Family
 from . import llama
-from .deepseek import FEED_FORWARD, MTP_COPIES, leading_dense, v3_experts, with_mtp
+from .deepseek import FEED_FORWARD, MTP_COPIES, leading_dense, mtp_rules, v3_experts
 
 
 def read_config(fields: Fields) -> ModelConfig:
@@ -21,4 +21,4 @@ def read_config(fields: Fields) -> ModelConfig:
 
 BLOCK = (*llama.NORMS, *llama.ATTENTION, *FEED_FORWARD)
 
-FAMILY = Family(read_config, with_mtp(BLOCK), MTP_COPIES)
+FAMILY = Family(read_config, mtp_rules(BLOCK), MTP_COPIES)

@@ -10,9 +10,9 @@ from .deepseek import (
     dense_and_sparse,
     latent_attention,
     layer_kinds,
+    mtp_rules,
     rope_layout,
     v3_experts,
-    with_mtp,
 )
 
 
@@ -21,4 +21,4 @@ def read_config(fields: Fields) -> ModelConfig:
     return dense_and_sparse(fields, attention, v3_experts(fields), layer_kinds(fields), mtp=True)
 
 
-FAMILY = Family(read_config, with_mtp(BLOCK), MTP_COPIES)
+FAMILY = Family(read_config, mtp_rules(BLOCK), MTP_COPIES)

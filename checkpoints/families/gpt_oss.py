@@ -44,12 +44,12 @@ def read_config(fields: Fields) -> ModelConfig:
     )
     layers = [
         LayerConfig(attention=replace(attention, window=window), feed_forward=moe)
-        for window in windows_of(fields)
+        for window in read_windows(fields)
     ]
     return llama.model_config(fields, layers)
 
 
-def windows_of(fields: Fields) -> list[int | None]:
+def read_windows(fields: Fields) -> list[int | None]:
     """layer_types; without it every second layer, from the first on, has a window."""
     count = llama.num_layers(fields)
     default = (["sliding_attention", "full_attention"] * count)[:count]
@@ -77,4 +77,4 @@ SPARSE = (
     ),
 )
 
-FAMILY = Family(read_config, llama.decoder((*llama.NORMS, *ATTENTION, *SPARSE)))
+FAMILY = Family(read_config, llama.decoder_rules((*llama.NORMS, *ATTENTION, *SPARSE)))

@@ -46,7 +46,7 @@ SPARSE = (
     Rule("feed_forward.experts.down", MOE + "output_linear.weight"),
     # as transformers holds it, and one by one
     Rule("feed_forward.router.weight", MOE + "router.weight"),
-    *llama.experts(MOE + "experts."),
+    *llama.expert_rules(MOE + "experts."),
 )
 
-FAMILY = Family(read_config, llama.decoder((*llama.NORMS, *llama.ATTENTION, *SPARSE)))
+FAMILY = Family(read_config, llama.decoder_rules((*llama.NORMS, *llama.ATTENTION, *SPARSE)))

@@ -20,7 +20,7 @@ AS_RELEASED = {  # switches of the model's own code that transformers does not r
 
 def read_config(fields: Fields) -> ModelConfig:
     for key, value in AS_RELEASED.items():
-        fields.flag_is(key, value)
+        fields.require_flag(key, value)
     fields.integer("moe_layer_num_skipped", default=0, at_least=0, at_most=0)
     rope = rope_config(fields, llama.head_width(fields))
     attention = llama.grouped_query(
@@ -73,7 +73,8 @@ def rope_config(fields: Fields, width: int) -> RopeConfig:
     fields.check(width > 2, "head_dim", width, "at least 4 with rope of type dynamic")
     scaled = theta * alpha ** (width / (width - 2))
     return RopeConfig(
-        width=width, theta=fields.give(NamedFloat, "rope_theta * alpha ** (d / (d - 2))", scaled)
+        width=width,
+        theta=fields.attach_key(NamedFloat, "rope_theta * alpha ** (d / (d - 2))", scaled),
     )
 
 
@@ -84,8 +85,8 @@ ATTENTION = (
 )
 SPARSE = (
     Rule("feed_forward.router.weight", "mlp.gate.wg.weight"),
-    *llama.experts(),
-    *llama.gated("feed_forward.shared.", "mlp.shared_mlp."),
+    *llama.expert_rules(),
+    *llama.gated_rules("feed_forward.shared.", "mlp.shared_mlp."),
 )
 
-FAMILY = Family(read_config, llama.decoder((*llama.NORMS, *ATTENTION, *SPARSE)))
+FAMILY = Family(read_config, llama.decoder_rules((*llama.NORMS, *ATTENTION, *SPARSE)))

@@ -9,7 +9,7 @@ from moe import MoEConfig, TopK
 from ..config_file import Fields
 from ..mapping import Family, Rule
 from . import llama
-from .deepseek import dense_and_sparse, layer_kinds, with_mtp
+from .deepseek import dense_and_sparse, layer_kinds, mtp_rules
 
 AS_RELEASED = {  # all but the first are switches of other engines, which transformers does not read
     "mlp_bias": False,
@@ -23,7 +23,7 @@ AS_RELEASED = {  # all but the first are switches of other engines, which transf
 def read_config(fields: Fields) -> ModelConfig:
     """enable_moe_fp32_combine changes the rounding of bfloat16 alone, and is not read."""
     for key, value in AS_RELEASED.items():
-        fields.flag_is(key, value)
+        fields.require_flag(key, value)
     fields.has("enable_moe_fp32_combine")
     attention = llama.grouped_query(
         fields,
@@ -51,18 +51,18 @@ def read_config(fields: Fields) -> ModelConfig:
 SPARSE = (
     Rule("feed_forward.router.weight", "mlp.router.gate.weight"),
     Rule("feed_forward.router.selection_bias", "mlp.expert_bias"),
-    *llama.experts(),
-    *llama.gated("feed_forward.shared.", "mlp.shared_mlp."),
+    *llama.expert_rules(),
+    *llama.gated_rules("feed_forward.shared.", "mlp.shared_mlp."),
     # as transformers holds it, met in re-saved files
     *llama.ROUTER,
     Rule("feed_forward.router.selection_bias", "mlp.e_score_correction_bias"),
-    *llama.gated("feed_forward.shared.", "mlp.shared_experts."),
+    *llama.gated_rules("feed_forward.shared.", "mlp.shared_experts."),
 )
 BLOCK = (*llama.NORMS, *llama.ATTENTION, *llama.DENSE, *SPARSE)
 MTP_NORM = Rule("mtp.{layer}.norm.weight", "model.layers.{layer}.final_layernorm.weight")
 
 FAMILY = Family(
     read_config,
-    (MTP_NORM, *with_mtp(BLOCK)),
+    (MTP_NORM, *mtp_rules(BLOCK)),
     ignored=("model.layers.*.embed_tokens.weight", "model.layers.*.shared_head.head.weight"),
 )

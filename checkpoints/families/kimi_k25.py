@@ -39,7 +39,7 @@ def read_config(fields: Fields) -> ModelConfig:
 
 PREFIX = "language_model."
 RULES = (
-    *llama.decoder(BLOCK, model=PREFIX + "model.", head=PREFIX),
+    *llama.decoder_rules(BLOCK, model=PREFIX + "model.", head=PREFIX),
     # as transformers writes the layers, whose converter takes them for the vision tower's
     *(rule.under("layers.{layer}.", PREFIX + "model.blocks.{layer}.") for rule in BLOCK),
 )

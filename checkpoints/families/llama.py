@@ -1,7 +1,6 @@
-"""What nearly all families inherited from Llama: tensor names, keys of sizes, heads and rope.
+"""What nearly all families share with Llama: tensor names, and keys of sizes, heads and rope.
 
-No family itself. An adapter takes from here what its files share with the others and writes down
-what is its own.
+This is no family itself. An adapter uses these parts and adds what is particular to its family.
 """
 
 import math
@@ -15,18 +14,18 @@ from moe import ConfigError
 from ..config_file import Fields, NamedInt
 from ..mapping import Rule
 
-MOST = 2**40  # positions
+MAX_POSITIONS = 2**40  # positions
 
 
 def model_config(fields: Fields, layers: Iterable[LayerConfig], **more: Any) -> ModelConfig:
-    """The whole model: sizes under the names that all files share, and these layers."""
+    """The model config: sizes, under the keys that all families share, and these layers."""
     fields.choice("hidden_act", known=["silu"], default="silu")
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         d_model=fields.integer("hidden_size"),
         layers=tuple(layers),
         norm_epsilon=fields.number("rms_norm_eps"),
-        max_length=fields.integer("max_position_embeddings", at_most=MOST),
+        max_length=fields.integer("max_position_embeddings", at_most=MAX_POSITIONS),
         published=dict(fields.raw),
         **{"tied_embeddings": fields.flag("tie_word_embeddings", default=False)} | more,
     )
@@ -37,7 +36,7 @@ def num_layers(fields: Fields) -> int:
 
 
 def grouped_query(fields: Fields, rope: RopeConfig, **more: Any) -> GQAConfig:
-    """Grouped-query attention under the shared names of its sizes; `more` is the family's own."""
+    """Grouped-query attention, with sizes under the shared keys; more: the family's own fields."""
     heads = fields.integer("num_attention_heads")
     return GQAConfig(
         num_heads=heads,
@@ -49,7 +48,7 @@ def grouped_query(fields: Fields, rope: RopeConfig, **more: Any) -> GQAConfig:
 
 
 def biases(fields: Fields) -> dict[str, bool]:
-    """attention_bias, where it means all four projections."""
+    """attention_bias, in families where it is for all four projections."""
     bias = fields.flag("attention_bias", default=False)
     return {"qkv_bias": bias, "output_bias": bias}
 
@@ -59,23 +58,23 @@ def qk_norm(fields: Fields, **more: Any) -> QKNormConfig:
 
 
 def head_width(fields: Fields) -> int:
-    """head_dim, which need not be hidden_size / num_attention_heads; that where it is not given."""
+    """head_dim; if it is absent, hidden_size / num_attention_heads."""
     if fields.has("head_dim", "attention_head_dim"):
         return fields.integer("head_dim", "attention_head_dim")
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     fields.check(
         width % heads == 0, "num_attention_heads", heads, f"a divisor of hidden_size = {width}"
     )
-    return fields.give(NamedInt, "hidden_size / num_attention_heads", width // heads)
+    return fields.attach_key(NamedInt, "hidden_size / num_attention_heads", width // heads)
 
 
 def rope_config(
     fields: Fields, width: int, theta: float = 10000.0, layout: str = "half"
 ) -> RopeConfig:
-    """Rope over `width` dimensions from the old keys (rope_theta, rope_scaling), or the new one.
+    """Rope over `width` dimensions, from rope_theta and rope_scaling or from rope_parameters.
 
-    theta: what the family means where it is not given. YaRN's amplitude is set; the softmax
-    multiplier, which latent attention alone has, is not.
+    theta: the family's default. YaRN's amplitude is set; the softmax multiplier, which only latent
+    attention has, is not.
     """
     section = rope_section(fields)
     theta = fields.number("rope_theta", default=theta)
@@ -97,7 +96,7 @@ def rope_section(fields: Fields) -> Fields | None:
 
 
 def rotated_width(fields: Fields, default: float = 1.0) -> int:
-    """How much of a head is rotated: partial_rotary_factor of it, rounded down."""
+    """The rotated width of a head: partial_rotary_factor times its width, rounded down."""
     section = rope_section(fields)
     factor = fields.number("partial_rotary_factor", default=default, above=0.0, at_most=1.0)
     if section is not None:
@@ -105,23 +104,27 @@ def rotated_width(fields: Fields, default: float = 1.0) -> int:
     width = head_width(fields)
     if factor == 1.0:
         return width
-    return fields.give(NamedInt, "head_dim * partial_rotary_factor", int(width * factor))
+    return fields.attach_key(NamedInt, "head_dim * partial_rotary_factor", int(width * factor))
 
 
 def yarn(section: Fields) -> dict[str, Any]:
-    """What a YaRN section makes of a rope."""
+    """The fields of a rope that a YaRN section sets."""
     factor = section.number("factor")
     section.number("partial_rotary_factor", default=1.0)
     mscale, mscale_all = mscales(section)
-    ratio = g(mscale, factor) / g(mscale_all, factor) if mscale and mscale_all else g(1.0, factor)
-    stretch = YarnConfig(
+    ratio = (
+        yarn_temperature(mscale, factor) / yarn_temperature(mscale_all, factor)
+        if mscale and mscale_all
+        else yarn_temperature(1.0, factor)
+    )
+    yarn_config = YarnConfig(
         factor=factor,
-        original_length=section.integer("original_max_position_embeddings", at_most=MOST),
+        original_length=section.integer("original_max_position_embeddings", at_most=MAX_POSITIONS),
         beta_fast=section.number("beta_fast", default=32.0),
         beta_slow=section.number("beta_slow", default=1.0),
         truncate=section.flag("truncate", default=True),
     )
-    return {"yarn": stretch, "amplitude": section.number("attention_factor", default=ratio)}
+    return {"yarn": yarn_config, "amplitude": section.number("attention_factor", default=ratio)}
 
 
 def mscales(section: Fields) -> tuple[float, float]:
@@ -129,29 +132,29 @@ def mscales(section: Fields) -> tuple[float, float]:
     return mscale, section.number("mscale_all_dim", default=0.0, at_least=0)
 
 
-def g(mscale: float, factor: float) -> float:
-    """YaRN's temperature: 0.1 * mscale * ln(factor) + 1."""
+def yarn_temperature(mscale: float, factor: float) -> float:
+    """YaRN's temperature, 0.1 * mscale * ln(factor) + 1 (Peng et al. 2023, section 3.4)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def windows(fields: Fields, window: int | None, default: Sequence[str]) -> list[int | None]:
-    """The window of each layer by layer_types; default: the kinds where that is absent."""
+    """The window of each layer, from layer_types; default: the kinds if that is absent."""
     known = ["sliding_attention", "full_attention"]
     kinds = fields.layer_kinds("layer_types", known, default)
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def rules(names: dict[str, str]) -> tuple[Rule, ...]:
+def make_rules(names: dict[str, str]) -> tuple[Rule, ...]:
     return tuple(Rule(ours, published) for ours, published in names.items())
 
 
-NORMS = rules(
+NORMS = make_rules(
     {
         "attention_norm.weight": "input_layernorm.weight",
         "feed_forward_norm.weight": "post_attention_layernorm.weight",
     }
 )
-ATTENTION = rules(
+ATTENTION = make_rules(
     {
         "attention.q.weight": "self_attn.q_proj.weight",
         "attention.q.bias": "self_attn.q_proj.bias",
@@ -167,19 +170,19 @@ ATTENTION = rules(
 )
 
 
-def gated(ours: str, published: str) -> tuple[Rule, ...]:
-    """A dense feed-forward layer, or a shared expert."""
+def gated_rules(ours: str, published: str) -> tuple[Rule, ...]:
+    """Rules for a dense feed-forward layer or a shared expert."""
     parts = ("gate", "up", "down")
-    return rules({f"{ours}{part}.weight": f"{published}{part}_proj.weight" for part in parts})
+    return make_rules({f"{ours}{part}.weight": f"{published}{part}_proj.weight" for part in parts})
 
 
-def experts(
+def expert_rules(
     published: str = "mlp.experts.",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> tuple[Rule, ...]:
-    """Routed experts: one by one under these names, or fused as transformers holds them.
+    """Rules for routed experts: one by one under these names, or fused as in transformers.
 
-    The fused tensor has the rows of gate first, then those of up.
+    The fused tensor holds the rows of gate first, then those of up.
     """
     ours = [f"feed_forward.experts.{part}" for part in ("gate", "up", "down")]
     singly = (f"{published}{{expert}}.{name}.weight" for name in names)
@@ -190,12 +193,12 @@ def experts(
     )
 
 
-DENSE = gated("feed_forward.", "mlp.")
+DENSE = gated_rules("feed_forward.", "mlp.")
 ROUTER = (Rule("feed_forward.router.weight", "mlp.gate.weight"),)
 
 
-def decoder(block: Iterable[Rule], model: str = "model.", head: str = "") -> tuple[Rule, ...]:
-    """The whole model: `block` in every layer; `model` and `head` are published prefixes."""
+def decoder_rules(block: Iterable[Rule], model: str = "model.", head: str = "") -> tuple[Rule, ...]:
+    """Rules for the whole model; model, head: published prefixes."""
     return (
         Rule("embed.weight", model + "embed_tokens.weight"),
         *(rule.under("layers.{layer}.", model + "layers.{layer}.") for rule in block),

@@ -15,8 +15,8 @@ from .mixtral import W1_W3_W2
 def read_config(fields: Fields) -> ModelConfig:
     fields.choice("scoring_func", known=["sigmoid"], default="sigmoid")
     fields.choice("qk_norm_type", known=["per_layer"], default="per_layer")
-    fields.flag_is("use_qk_norm", True)
-    fields.flag_is("use_routing_bias", True)
+    fields.require_flag("use_qk_norm", True)
+    fields.require_flag("use_routing_bias", True)
     fields.integer("shared_intermediate_size", default=0, at_least=0, at_most=0)
     if 0 in fields.integers("attn_type_list", default=(), at_least=0):
         raise ConfigError("attn_type_list: expected 1 (full attention) in every layer")
@@ -53,11 +53,11 @@ MOE = "block_sparse_moe."
 SPARSE = (
     Rule("feed_forward.router.weight", MOE + "gate.weight"),
     Rule("feed_forward.router.selection_bias", MOE + "e_score_correction_bias"),
-    *llama.experts(MOE + "experts.", W1_W3_W2),
+    *llama.expert_rules(MOE + "experts.", W1_W3_W2),
     # as transformers holds it, met in re-saved files
     *llama.ROUTER,
     Rule("feed_forward.router.selection_bias", "mlp.e_score_correction_bias"),
-    *llama.experts(),
+    *llama.expert_rules(),
 )
 
-FAMILY = Family(read_config, llama.decoder((*llama.NORMS, *llama.ATTENTION, *SPARSE)))
+FAMILY = Family(read_config, llama.decoder_rules((*llama.NORMS, *llama.ATTENTION, *SPARSE)))

@@ -28,10 +28,10 @@ def read_config(fields: Fields) -> ModelConfig:
 W1_W3_W2 = ("w1", "w3", "w2")  # gate, up, down
 SPARSE = (
     Rule("feed_forward.router.weight", "block_sparse_moe.gate.weight"),
-    *llama.experts("block_sparse_moe.experts.", W1_W3_W2),
+    *llama.expert_rules("block_sparse_moe.experts.", W1_W3_W2),
     # as transformers holds it, met in re-saved files
     *llama.ROUTER,
-    *llama.experts(),
+    *llama.expert_rules(),
 )
 
-FAMILY = Family(read_config, llama.decoder((*llama.NORMS, *llama.ATTENTION, *SPARSE)))
+FAMILY = Family(read_config, llama.decoder_rules((*llama.NORMS, *llama.ATTENTION, *SPARSE)))

@@ -1,10 +1,10 @@
-"""Our own format, `"model_type": "abacus"`: the config's dataclasses spelled out, our own names.
+"""Our own format, `"model_type": "abacus"`: the config's dataclasses as JSON, and our own names.
 
 {"model_type": "abacus", "format_version": 1, "model": {"class": "ModelConfig", "vocab_size": ...}}
 
-Every config is an object with the name of its class and all of its fields. Whatever a config can
-say can be written, and nothing is guessed: a field more or less, a value of another type or a class
-that is not known is refused by name. Classes from outside the package are named by whoever loads.
+Every config is an object with the name of its class and all of its fields. Every config can be
+written, and nothing is guessed on reading: a missing or unknown field, a value of another type and
+an unknown class are refused by name. The caller names the classes from outside the package.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,29 +23,31 @@ from ..mapping import Family
 
 MODEL_TYPE = "abacus"
 VERSION = 1  # of the format
-# What stands in a file, besides ids of tokens.
-BESIDE = "model_type", "format_version", "model", "dtype", "torch_dtype", "quantization_config"
+# All keys of a file, besides token ids.
+KNOWN_KEYS = "model_type", "format_version", "model", "dtype", "torch_dtype", "quantization_config"
 
 
-def family(classes: Sequence[type] = ()) -> Family:
-    """The format, for files that hold configs of these classes too."""
+def make_family(classes: Sequence[type] = ()) -> Family:
+    """The format, for files that may also hold configs of these classes."""
     return Family(partial(read_config, classes=classes), rules=None)
 
 
-def spell_out(config: ModelConfig) -> dict[str, Any]:
-    """A model's config.json in this format. Raises ConfigError for what no file can say."""
-    model = spelled(config, "ModelConfig")
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """A model's config.json in this format; ConfigError for a value that JSON cannot hold."""
+    model = to_json(config, "ModelConfig")
     return {"model_type": MODEL_TYPE, "format_version": VERSION, "model": model}
 
 
-def spelled(value: object, where: str) -> Any:
-    """A field's value as JSON holds it."""
+def to_json(value: object, where: str) -> Any:
+    """Convert the value of a field to JSON."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple):
-        return [spelled(element, f"{where}[{i}]") for i, element in enumerate(value)]
+        return [to_json(element, f"{where}[{i}]") for i, element in enumerate(value)]
     if is_dataclass(value) and not isinstance(value, type):
-        own = {f.name: spelled(getattr(value, f.name), f"{where}.{f.name}") for f in said(value)}
+        own = {
+            f.name: to_json(getattr(value, f.name), f"{where}.{f.name}") for f in list_fields(value)
+        }
         return {"class": type(value).__name__} | own
     raise ConfigError(
         f"{where} = {value!r}: a {type(value).__name__} cannot be written; config fields hold "
@@ -53,28 +55,30 @@ def spelled(value: object, where: str) -> Any:
     )
 
 
-def said(config: Any) -> list[Field]:
-    """The fields that make a description: those that count when two are compared."""
+def list_fields(config: Any) -> list[Field]:
+    """The fields that describe a model: those that are compared."""
     return [field for field in fields(config) if field.compare]
 
 
 def read_config(json: Fields, classes: Sequence[type] = ()) -> ModelConfig:
-    """The model that a config.json describes."""
+    """Read the model's config from a config.json in this format."""
     version = json.integer("format_version")
     known = f"at most {VERSION}: a newer version of this program wrote it"
     json.check(version <= VERSION, "format_version", version, known)
-    for key in json.raw.keys() - set(BESIDE):
+    for key in json.raw.keys() - set(KNOWN_KEYS):
         if not key.endswith("_token_id"):
-            raise ConfigError(f"{key} is not known in this format, which has {', '.join(BESIDE)}")
+            raise ConfigError(
+                f"{key} is not known in this format, which has {', '.join(KNOWN_KEYS)}"
+            )
     model = json.section("model")
     if model is None:
         raise ConfigError("model is missing")
     model.choice("class", known=[ModelConfig.__name__])
-    return build(model.raw, "model", known_classes(classes), published=dict(json.raw))
+    return build_config(model.raw, "model", collect_classes(classes), published=dict(json.raw))
 
 
-def known_classes(classes: Sequence[type]) -> dict[str, type]:
-    """{name: class} of all configs of the package, and of those that were named."""
+def collect_classes(classes: Sequence[type]) -> dict[str, type]:
+    """All config classes of the package, and those named by the caller, by their name."""
     public = [*vars(moe).values(), *vars(modeling).values()]
     kinds: list[type] = [kind for kind in public if isinstance(kind, type)]
     known: dict[str, type] = {kind.__name__: kind for kind in kinds if issubclass(kind, Config)}
@@ -86,34 +90,36 @@ def known_classes(classes: Sequence[type]) -> dict[str, type]:
     return known
 
 
-def build(data: Mapping[str, Any], where: str, known: Mapping[str, type], **more: Any) -> Any:
-    """The config that an object describes; `more`: fields that no file says."""
+def build_config(
+    data: Mapping[str, Any], where: str, known: Mapping[str, type], **more: Any
+) -> Any:
+    """Build the config that an object describes; `more`: fields that no file holds."""
     kind = known.get(name) if isinstance(name := data.get("class"), str) else None
     if kind is None:
         near = " or ".join(get_close_matches(str(name), known, cutoff=0.8))
         hint = f"did you mean {near}? " if near else ""
         others = "load_model(..., classes=[...]) names those from outside"
         raise ConfigError(f"{where}.class = {name!r} is no config of this package; {hint}{others}")
-    wanted = [field.name for field in said(kind)]
+    wanted = [field.name for field in list_fields(kind)]
     for key in wanted:
         if key not in data:
-            raise ConfigError(f"{where}.{key} is missing: every field of a {name} is written down")
+            raise ConfigError(f"{where}.{key} is missing: a file holds every field of a {name}")
     for key in data:
         if key not in ("class", *wanted):
             own = ", ".join(wanted)
             raise ConfigError(f"{where}.{key} is no field of a {name}, which has {own}")
-    values = {key: built(data[key], f"{where}.{key}", known) for key in wanted}
+    values = {key: from_json(data[key], f"{where}.{key}", known) for key in wanted}
     try:
         config = kind(**values, **more)
-        if not isinstance(config, Config):  # those check themselves
+        if not isinstance(config, Config):  # a Config checks itself
             check_types(config)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return config
 
 
-def built(value: Any, where: str, known: Mapping[str, type]) -> Any:
-    """A field's value from what JSON holds."""
+def from_json(value: Any, where: str, known: Mapping[str, type]) -> Any:
+    """Convert the JSON value of a field back."""
     if isinstance(value, list):
-        return tuple(built(element, f"{where}[{i}]", known) for i, element in enumerate(value))
-    return build(value, where, known) if isinstance(value, dict) else value
+        return tuple(from_json(element, f"{where}[{i}]", known) for i, element in enumerate(value))
+    return build_config(value, where, known) if isinstance(value, dict) else value

@@ -36,6 +36,6 @@ def experts(fields: Fields) -> MoEConfig:
     )
 
 
-SPARSE = (*llama.ROUTER, *llama.experts())
+SPARSE = (*llama.ROUTER, *llama.expert_rules())
 
-FAMILY = Family(read_config, llama.decoder((*llama.NORMS, *llama.ATTENTION, *SPARSE)))
+FAMILY = Family(read_config, llama.decoder_rules((*llama.NORMS, *llama.ATTENTION, *SPARSE)))

@@ -25,7 +25,7 @@ def read_config(fields: Fields) -> ModelConfig:
         shared_width=fields.integer("shared_expert_intermediate_size"),
         shared_gate=True,
     )
-    windows = windows_of(fields)
+    windows = read_windows(fields)
     layers = [
         LayerConfig(attention=replace(attention, window=window), feed_forward=feed_forward)
         for window, feed_forward in zip(windows, sparse_steps(fields, moe), strict=True)
@@ -45,7 +45,7 @@ def sparse_steps(fields: Fields, moe: MoEConfig) -> list[DenseConfig | MoEConfig
     ]
 
 
-def windows_of(fields: Fields) -> list[int | None]:
+def read_windows(fields: Fields) -> list[int | None]:
     """Windows only where use_sliding_window says so, whatever sliding_window holds.
 
     Without layer_types every second layer, from the first on, has one, below max_window_layers.
@@ -62,7 +62,7 @@ def windows_of(fields: Fields) -> list[int | None]:
     return llama.windows(fields, window, default)
 
 
-def all_windows(attention: GQAConfig, fields: Fields) -> GQAConfig:
+def set_window(attention: GQAConfig, fields: Fields) -> GQAConfig:
     """The same window in every layer, where use_sliding_window says so."""
     if not fields.flag("use_sliding_window", default=False):
         fields.has("sliding_window", "max_window_layers")
@@ -72,10 +72,10 @@ def all_windows(attention: GQAConfig, fields: Fields) -> GQAConfig:
 
 SPARSE = (
     *llama.ROUTER,
-    *llama.experts(),
-    *llama.gated("feed_forward.shared.", "mlp.shared_expert."),
+    *llama.expert_rules(),
+    *llama.gated_rules("feed_forward.shared.", "mlp.shared_expert."),
     Rule("feed_forward.shared.score.weight", "mlp.shared_expert_gate.weight"),
 )
-RULES = llama.decoder((*llama.NORMS, *llama.ATTENTION, *llama.DENSE, *SPARSE))
+RULES = llama.decoder_rules((*llama.NORMS, *llama.ATTENTION, *llama.DENSE, *SPARSE))
 
 FAMILY = Family(read_config, RULES)

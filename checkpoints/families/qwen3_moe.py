@@ -6,7 +6,7 @@ from moe import MoEConfig, TopK
 from ..config_file import Fields
 from ..mapping import Family
 from . import llama
-from .qwen2_moe import all_windows, sparse_steps
+from .qwen2_moe import set_window, sparse_steps
 
 
 def read_config(fields: Fields) -> ModelConfig:
@@ -25,7 +25,7 @@ def read_config(fields: Fields) -> ModelConfig:
         ),
         expert_width=fields.integer("moe_intermediate_size"),
     )
-    attention = all_windows(attention, fields)
+    attention = set_window(attention, fields)
     layers = [
         LayerConfig(attention=attention, feed_forward=feed_forward)
         for feed_forward in sparse_steps(fields, moe)
@@ -33,7 +33,7 @@ def read_config(fields: Fields) -> ModelConfig:
     return llama.model_config(fields, layers)
 
 
-SPARSE = (*llama.ROUTER, *llama.experts())
-RULES = llama.decoder((*llama.NORMS, *llama.ATTENTION, *llama.DENSE, *SPARSE))
+SPARSE = (*llama.ROUTER, *llama.expert_rules())
+RULES = llama.decoder_rules((*llama.NORMS, *llama.ATTENTION, *llama.DENSE, *SPARSE))
 
 FAMILY = Family(read_config, RULES)

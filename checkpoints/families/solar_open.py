@@ -9,7 +9,7 @@ from .deepseek import FEED_FORWARD, v3_experts
 
 
 def read_config(fields: Fields) -> ModelConfig:
-    fields.flag_is("use_qk_norm", False)
+    fields.require_flag("use_qk_norm", False)
     fields.integer("first_k_dense_replace", default=0, at_least=0, at_most=0)
     attention = llama.grouped_query(
         fields,
@@ -20,4 +20,4 @@ def read_config(fields: Fields) -> ModelConfig:
     return llama.model_config(fields, [layer] * llama.num_layers(fields))
 
 
-FAMILY = Family(read_config, llama.decoder((*llama.NORMS, *llama.ATTENTION, *FEED_FORWARD)))
+FAMILY = Family(read_config, llama.decoder_rules((*llama.NORMS, *llama.ATTENTION, *FEED_FORWARD)))

@@ -1,1 +1,1 @@
-"""Bytes on disk: safetensors files, the formats weights are stored in, and writing."""
+"""Bytes on disk: safetensors files, the formats of weights in them, and writing."""

@@ -1,7 +1,7 @@
-"""Quantised formats: what the bytes of a weight mean, a pure function each.
+"""Quantised formats: one pure function for each turns the stored bytes into the weight.
 
-Arithmetic is in float32 and rounded once, to the dtype that is asked for; it goes through a weight
-piece by piece, so that no intermediate result is as large as the weight.
+The arithmetic is in float32 and is rounded once, to the requested dtype. A weight is processed in
+pieces, so that no intermediate result is as large as the weight.
 
 Shapes: ... any leading dimensions, N rows and K columns of a weight, R x C blocks of it, G groups
 of a row, W words of 32 bits with J numbers each, n rows and r rows of blocks of one piece.
@@ -17,49 +17,51 @@ from ..mapping import Shape
 
 Block = tuple[int, int]  # rows and columns
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-ROWS = 128  # of a matrix at a time
-SLICE = 2**18  # groups of MXFP4 at a time: the indices take four times the bytes, the result eight
+ROWS = 128  # of a matrix that are dequantised at a time
+SLICE = 2**18  # MXFP4 groups at a time: their indices take 4 times their bytes, the result 8
 
 
-def grid(shape: Shape, block: Block) -> Shape:
-    """How many blocks there are along the last two of (..., N, K), partial ones included."""
+def block_grid(shape: Shape, block: Block) -> Shape:
+    """The numbers of blocks along the last two axes of (..., N, K), with partial blocks."""
     *leading, N, K = shape
     return (*leading, -(-N // block[0]), -(-K // block[1]))
 
 
-def fits(scale: Shape, blocks: Shape) -> bool:
-    """Whether these are the scales of so many blocks; 1s at the end may be left out."""
+def scale_fits(scale: Shape, blocks: Shape) -> bool:
+    """Whether a scale of this shape has one number per block; trailing 1s may be left out."""
     return scale == blocks[: len(scale)] and prod(blocks[len(scale) :]) == 1
 
 
-def as_float32(scale: Tensor) -> Tensor:
-    """A byte b is E8M0: 2^(b - 127), and NaN for 255 (OCP Microscaling Formats 1.0, 5.4.1)."""
+def scale_to_float32(scale: Tensor) -> Tensor:
+    """The scale in float32. A byte b is E8M0: 2^(b - 127), NaN for 255 (OCP MX 1.0, 5.4.1)."""
     return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
 
 
 def dequantize_blocks(
     weight_NK: Tensor, scale: Tensor, block: Block, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """(..., N, K) times one scale of (..., R, C) per block -> (..., N, K).
+    """Multiply (..., N, K) by a scale per block, (..., R, C); returns (..., N, K).
 
-    weight[i, j] * scale[i // rows, j // columns]: it multiplies, although files call it
-    `weight_scale_inv` (`weight_dequant` in DeepSeek-V3's inference code). The last blocks may be
-    partial, so that N / R need not be a block's rows. A block of (1, K) is a channel, one of
-    (N, K) the tensor: their scales may also be of shape (N) and scalar.
+    weight[i, j] * scale[i // rows, j // columns]: the scale is a factor, although files call it
+    `weight_scale_inv` (`weight_dequant` in DeepSeek-V3's inference code). The last blocks of rows
+    and columns may be partial. A block of (1, K) is a channel, and one of (N, K) the whole tensor;
+    their scales may also have the shapes (N,) and ().
     """
-    blocks = grid(weight_NK.shape, block)
-    assert fits(tuple(scale.shape), blocks), f"scale {list(scale.shape)}, blocks {list(blocks)}"
-    scale_RC = as_float32(scale.reshape(blocks))
+    blocks = block_grid(weight_NK.shape, block)
+    assert scale_fits(tuple(scale.shape), blocks), (
+        f"scale {list(scale.shape)}, blocks {list(blocks)}"
+    )
+    scale_RC = scale_to_float32(scale.reshape(blocks))
     if weight_NK.dim() > 2:
         out = torch.empty(weight_NK.shape, dtype=dtype, device=weight_NK.device)
-        for place, weight, its_scale in zip(out, weight_NK, scale_RC, strict=True):
-            place.copy_(dequantize_blocks(weight, its_scale, block, dtype))
+        for matrix, weight, scale in zip(out, weight_NK, scale_RC, strict=True):
+            matrix.copy_(dequantize_blocks(weight, scale, block, dtype))
         return out
     (rows, columns), K = block, weight_NK.shape[1]
-    at_once = max(1, ROWS // rows)  # rows of blocks
+    block_rows = max(1, ROWS // rows)  # rows of blocks in a piece
     out_NK = torch.empty(weight_NK.shape, dtype=dtype, device=weight_NK.device)
-    pieces = out_NK.split(at_once * rows), weight_NK.split(at_once * rows)
-    for out_nK, weight_nK, scale_rC in zip(*pieces, scale_RC.split(at_once), strict=True):
+    pieces = out_NK.split(block_rows * rows), weight_NK.split(block_rows * rows)
+    for out_nK, weight_nK, scale_rC in zip(*pieces, scale_RC.split(block_rows), strict=True):
         scale_rK = scale_rC.repeat_interleave(columns, dim=1)[:, :K]
         scale_nK = scale_rK.repeat_interleave(rows, dim=0)[: len(out_nK)]
         out_nK.copy_(weight_nK.float() * scale_nK)
@@ -67,26 +69,26 @@ def dequantize_blocks(
 
 
 def dequantize_mxfp4(blocks: Tensor, scale_G: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Bytes (..., G, 16) and (..., G) -> (..., 32 G).
+    """Dequantise bytes (..., G, 16) with scale bytes (..., G); returns (..., 32 G).
 
-    A byte is two numbers, the one in its low four bits first: bit 3 is the sign, bits 0 to 2 are
-    the place in `FP4`. 32 numbers share a scale byte b: 2^(b - 127) (OCP Microscaling 1.0, 5.3.3).
+    A byte holds two numbers, the first one in its low four bits: bit 3 is the sign, and bits 0 to 2
+    are the index into `FP4`. 32 numbers share a scale byte b: 2^(b - 127) (OCP MX 1.0, 5.3.3).
     """
     fp4 = torch.tensor(FP4 + tuple(-value for value in FP4), device=blocks.device)
     byte = torch.arange(256, device=blocks.device)
     pairs = torch.stack((fp4[byte & 15], fp4[byte >> 4]), dim=-1)
     out = torch.empty(*scale_G.shape, 32, dtype=dtype, device=blocks.device)
     flat = out.view(-1, 32), blocks.reshape(-1, 16), scale_G.reshape(-1, 1)
-    for place, its_bytes, its_scale in zip(*(t.split(SLICE) for t in flat), strict=True):
-        place.copy_(pairs[its_bytes.int()].flatten(1) * as_float32(its_scale))
+    for piece, piece_bytes, scale in zip(*(t.split(SLICE) for t in flat), strict=True):
+        piece.copy_(pairs[piece_bytes.int()].flatten(1) * scale_to_float32(scale))
     return out.flatten(-2)
 
 
 def unpack_integers(packed_NW: Tensor, bits: int) -> Tensor:
-    """Words (..., N, W) of int32 -> (..., N, W * 32 // bits) of int8.
+    """Unpack int32 words (..., N, W) into int8 (..., N, W * 32 // bits).
 
-    The first number of a word is in its lowest bits, and what is in there is the number plus
-    2^(bits - 1) (compressed-tensors, `unpack_from_int32`).
+    The first number of a word is in its lowest bits; each is stored with 2^(bits - 1) added
+    (compressed-tensors, `unpack_from_int32`).
     """
     in_word, mask = 32 // bits, 2**bits - 1
     out_NWJ = packed_NW.new_empty(*packed_NW.shape, in_word, dtype=torch.int8)
@@ -103,24 +105,24 @@ def dequantize_groups(
     group_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Words (..., N, W) and a scale per group of columns (..., N, G) -> `shape`, (..., N, K).
+    """Dequantise words (..., N, W) with a scale per group of columns (..., N, G).
 
-    The last word of a row may have room for more numbers than the row has.
+    Returns `shape`, (..., N, K). The last word of a row may hold more numbers than the row has.
     """
     weight_NK = unpack_integers(packed_NW, bits)[..., : shape[-1]]
     return dequantize_blocks(weight_NK, scale_NG, (1, group_size), dtype)
 
 
 def quantize_blocks(weight_NK: Tensor, block: Block = (128, 128)) -> tuple[Tensor, Tensor]:
-    """(..., N, K) -> float8_e4m3fn (..., N, K) and float32 scales (..., R, C).
+    """Quantise (..., N, K) to float8_e4m3fn; returns it with float32 scales (..., R, C).
 
-    The largest magnitude of a block becomes 448, the largest of float8_e4m3fn.
+    The largest magnitude of a block becomes 448, the largest number of float8_e4m3fn.
     """
     (rows, columns), (N, K) = block, weight_NK.shape[-2:]
     padded = F.pad(weight_NK.float(), (0, -K % columns, 0, -N % rows))
     blocks = padded.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))  # R, rows, C, columns
     largest = blocks.abs().amax(dim=(-3, -1), keepdim=True)
-    # A subnormal scale has few bits: rounded down, it makes quotients above 464, which are NaN.
+    # a subnormal scale has few bits: if it is rounded down, quotients exceed 464 and become NaN
     scale = (largest / 448).clamp(min=torch.finfo(torch.float32).tiny).where(largest != 0, 1.0)
     quantized = (blocks / scale).to(torch.float8_e4m3fn).flatten(-4, -3).flatten(-2)
     return quantized[..., :N, :K].contiguous(), scale.squeeze((-3, -1))

@@ -1,7 +1,7 @@
-"""The safetensors files of a checkpoint directory: found, checked, opened, read tensor by tensor.
+"""Finds, checks and opens the safetensors files of a checkpoint, and reads tensor by tensor.
 
-The headers of the files are the truth; the index only says which files there are. Nothing is
-executed, nothing outside the directory is opened, and nothing is read before it is asked for.
+The headers of the files decide; the index only lists the files. No code is executed, no file
+outside the directory is opened, and a tensor is read only when it is requested.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config_file import CheckpointError, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAPPED_AT_ONCE = 64 * 2**20  # bytes
+MAX_MAPPED_BYTES = 64 * 2**20  # bytes
 READABLE = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -27,10 +27,10 @@ READABLE = {
 
 
 class StoredTensor(NamedTuple):
-    """What a header says of a tensor."""
+    """A tensor as the header of its file describes it."""
 
     file: Path
-    dtype: str  # in safetensors' spelling: F32, BF16 ...
+    dtype: str  # as safetensors writes it: F32, BF16 ...
     shape: tuple[int, ...]
 
     @property
@@ -40,7 +40,7 @@ class StoredTensor(NamedTuple):
 
 
 class Shards:
-    """All tensors of a checkpoint by their published name, and what is wrong with its files."""
+    """All tensors of a checkpoint by their published names, and the problems of its files."""
 
     def __init__(self, tensors: dict[str, StoredTensor], problems: list[str]) -> None:
         self.tensors, self.problems = tensors, problems
@@ -48,10 +48,10 @@ class Shards:
         self._mapped = 0
 
     def read(self, name: str) -> Tensor:
-        """The tensor itself, on the CPU."""
+        """Read a tensor, on the CPU."""
         stored = self.tensors[name]
-        # the pages of a mapped file count as this process's memory until the file is closed
-        if self._mapped + stored.nbytes > MAPPED_AT_ONCE:
+        # the pages of a mapped file count as memory of this process until the file is closed
+        if self._mapped + stored.nbytes > MAX_MAPPED_BYTES:
             self.close()
         if stored.file not in self._handles:
             self._handles[stored.file] = open_shard(stored.file)
@@ -65,7 +65,7 @@ class Shards:
 
 @contextmanager
 def open_shards(directory: Path) -> Iterator[Shards]:
-    """Every weight file of a sound checkpoint directory, for the length of a `with` block."""
+    """Open every weight file of a checkpoint; CheckpointError if there is a problem."""
     with survey_shards(directory) as shards:
         raise_any(shards.problems)
         yield shards
@@ -73,8 +73,8 @@ def open_shards(directory: Path) -> Iterator[Shards]:
 
 @contextmanager
 def survey_shards(directory: Path) -> Iterator[Shards]:
-    """The same of one that may be damaged: what can be opened, and `problems`."""
-    files, listed, problems = weight_files(directory)
+    """Open the weight files that can be opened, and list the problems of the others."""
+    files, listed, problems = find_weight_files(directory)
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         try:
@@ -89,8 +89,8 @@ def survey_shards(directory: Path) -> Iterator[Shards]:
                 other = tensors[name].file.name
                 problems.append(f"{file}: {name} is in {other} too; keep one of them")
             tensors[name] = found
-    if not problems:  # else most of them for a reason that was told
-        problems += misplaced(listed, tensors, directory / INDEX)
+    if not problems:  # otherwise the problems above explain most of them
+        problems += find_misplaced(listed, tensors, directory / INDEX)
     shards = Shards(tensors, problems)
     try:
         yield shards
@@ -98,8 +98,10 @@ def survey_shards(directory: Path) -> Iterator[Shards]:
         shards.close()
 
 
-def misplaced(listed: dict[str, str], tensors: dict[str, StoredTensor], index: Path) -> list[str]:
-    """What an index says is in a file and is not."""
+def find_misplaced(
+    listed: dict[str, str], tensors: dict[str, StoredTensor], index: Path
+) -> list[str]:
+    """The tensors that are not in the file that the index names."""
     files = {stored.file: stored.file.name for stored in tensors.values()}
     return [
         f"{index}: {name} is not in {file}"
@@ -109,13 +111,13 @@ def misplaced(listed: dict[str, str], tensors: dict[str, StoredTensor], index: P
 
 
 def raise_any(problems: list[str]) -> None:
-    """One error for all problems."""
+    """Raise one error for all problems."""
     if problems:
-        raise CheckpointError(some(problems, limit=3, separator="; "))
+        raise CheckpointError(list_some(problems, limit=3, separator="; "))
 
 
-def weight_files(directory: Path) -> tuple[list[Path], dict[str, str], list[str]]:
-    """The files with weights, what the index (if there is one) says is where, and problems."""
+def find_weight_files(directory: Path) -> tuple[list[Path], dict[str, str], list[str]]:
+    """The weight files, the file of each tensor by the index if there is one, and problems."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: not a directory")
     single, index = directory / SINGLE, directory / INDEX
@@ -129,16 +131,16 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str], list[str]
             return [], {}, [str(error)]
         names = sorted(set(listed.values()))
         missing = [name for name in names if not (directory / name).exists()]
-        told = f"{directory}: {len(missing)} of {len(names)} weight files are missing: "
+        problem = f"{directory}: {len(missing)} of {len(names)} weight files are missing: "
         files = [directory / name for name in names if name not in missing]
-        return files, listed, [told + some(missing)] if missing else []
+        return files, listed, [problem + list_some(missing)] if missing else []
     if single.exists() or single.is_symlink():
         return [single], {}, []
-    return [], {}, [f"{directory}: {no_weights(directory)}"]
+    return [], {}, [f"{directory}: {explain_no_weights(directory)}"]
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """weight_map: tensor name -> file name; none that leads out of the directory."""
+    """Read the weight_map, tensor name -> file name; no name may lead out of the directory."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
         raise CheckpointError(f"{index}: has no weight_map of tensor names to file names")
@@ -148,8 +150,8 @@ def read_index(index: Path) -> dict[str, str]:
     return listed
 
 
-def no_weights(directory: Path) -> str:
-    """Why a directory has neither a weight file nor an index."""
+def explain_no_weights(directory: Path) -> str:
+    """Explain what a directory without a weight file and an index holds instead."""
     present = sorted(file.name for file in directory.iterdir())
     if any(name.endswith(".safetensors") for name in present):
         return f"weight files without {INDEX}: an unfinished copy"
@@ -160,11 +162,11 @@ def no_weights(directory: Path) -> str:
         )
     if any(name.endswith(".gguf") for name in present):
         return "holds a GGUF file; the safetensors files of the same model are needed"
-    return f"no {SINGLE} or {INDEX}; found {some(present)}"
+    return f"no {SINGLE} or {INDEX}; found {list_some(present)}"
 
 
 def open_shard(file: Path) -> Any:
-    """`safe_open`, with errors that name the file and what it is instead."""
+    """Open a file by `safe_open`; errors name the file and say what it is instead."""
     if not file.is_file():
         kind = "a link to a file that is not there" if file.is_symlink() else "not a regular file"
         raise CheckpointError(f"{file}: {kind}")
@@ -184,7 +186,7 @@ def open_shard(file: Path) -> Any:
         raise CheckpointError(f"{file}: {error.strerror or error}") from None
 
 
-def some(names: list[str], limit: int = 5, separator: str = ", ") -> str:
-    """The first few of a list of names, and how many more there are."""
+def list_some(names: list[str], limit: int = 5, separator: str = ", ") -> str:
+    """The first names of a list, and the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return separator.join(names[:limit]) + more if names else "nothing"

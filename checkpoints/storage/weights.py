@@ -1,7 +1,7 @@
-"""How the files of a checkpoint store a weight: plainly, or as several tensors of a format.
+"""The formats in which files store a weight: one plain tensor, or several of a quantised format.
 
-Told weight by weight from the names and dtypes that are there, because the lists of exceptions in
-published configs do not always fit the files.
+The format of each weight is recognised by the names and dtypes of its tensors, because the lists of
+exceptions in published configs do not always fit the files.
 """
 
 import re
@@ -20,11 +20,11 @@ from ..config_file import CheckpointError, Fields
 from ..mapping import Shape
 from .quantized import (
     Block,
+    block_grid,
     dequantize_blocks,
     dequantize_groups,
     dequantize_mxfp4,
-    fits,
-    grid,
+    scale_fits,
 )
 from .shards import READABLE, Shards, StoredTensor
 
@@ -33,25 +33,25 @@ Device = torch.device | str
 
 
 class Weight(Protocol):
-    """A weight as files store it; shape and tensor are those it has when not quantised."""
+    """A stored weight; `shape` is that of the plain weight, which `read` returns."""
 
     @property
-    def names(self) -> tuple[str, ...]: ...  # of the tensors it is made of, the weight first
+    def names(self) -> tuple[str, ...]: ...  # of its tensors, the weight first
     @property
     def file(self) -> Path: ...  # of the first of them
     @property
     def shape(self) -> Shape: ...
     @property
-    def stored_as(self) -> str: ...  # words for a report
+    def stored_as(self) -> str: ...  # the format, for reports
     @property
     def quantized(self) -> bool: ...
     def read(self, shards: Shards, dtype: DType, device: Device) -> Tensor:
-        """The weight; its parts are brought to the device first."""
+        """Read and dequantise the weight on the device."""
 
 
 @dataclass(frozen=True)
 class PlainWeight:
-    """One tensor, which is the weight."""
+    """One tensor that is the weight."""
 
     names: tuple[str, ...]
     file: Path
@@ -81,7 +81,7 @@ class Fp8Weight:
 
 @dataclass(frozen=True)
 class Mxfp4Weight:
-    """Blocks along the rows of (..., out, in). Not quantised, gpt-oss has (..., in, out)."""
+    """Groups along the rows of (..., out, in), returned as (..., in, out) like plain gpt-oss."""
 
     names: tuple[str, ...]
     file: Path
@@ -112,19 +112,19 @@ class PackedWeight:
 
     @cached_property
     def shape(self) -> Shape:
-        """Data, and so not read before it is asked for."""
+        """Stored as a tensor, and so read only when it is needed."""
         packed, _, name = self.names
         (N, W), in_word = self.shards.tensors[packed].shape, 32 // self.bits
         shape = tuple(self.shards.read(name).tolist())
         if shape[0] != N or -(-shape[1] // in_word) != W:
             found = f"{name} holds {list(shape)}, expected {N} and a number that fills {W} words"
-            raise problem(self.shards.tensors[name], f"{found} of {in_word}", AGAIN)
+            raise make_error(self.shards.tensors[name], f"{found} of {in_word}", AGAIN)
         return shape
 
     def read(self, shards: Shards, dtype: DType, device: Device) -> Tensor:
         packed, scale = (shards.read(name).to(device) for name in self.names[:2])
-        size, kept = self.group_size or self.shape[-1], dtype or torch.bfloat16
-        return dequantize_groups(packed, scale, self.shape, self.bits, size, kept)
+        size, dtype = self.group_size or self.shape[-1], dtype or torch.bfloat16
+        return dequantize_groups(packed, scale, self.shape, self.bits, size, dtype)
 
 
 METHODS = ("fp8", "mxfp4", "compressed-tensors")
@@ -133,16 +133,16 @@ BITS = {"int": (4, 8), "float": (8,)}
 STRATEGIES = {"int": ("group", "channel"), "float": ("tensor", "channel", "block")}
 FP8, FP8_SPELLINGS = "F8_E4M3", ("e4m3", "float8_e4m3fn")  # in files, in configs
 SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
-ENDS = (  # of the names of what a weight may come with
+SUFFIXES = (  # of the tensors that a weight may come with
     *("_scale", "_scale_inv", "_scales", "_blocks"),
     *("_packed", "_shape", "_zero_point", "_g_idx", "_global_scale"),
 )
 AGAIN, CONVERT = "download or convert it again", "convert the weights to bfloat16 first"
-Parts = dict[str, StoredTensor]  # the tensors of a weight by the end of their names; "": itself
+Parts = dict[str, StoredTensor]  # the tensors of a weight by their suffix; "": the weight
 
 
 def check_method(quantization: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a quantization_config that is not supported; it names no file."""
+    """Raise CheckpointError, without a file name, for an unsupported quantization_config."""
     fields = Fields(quantization, "quantization_config.")
     try:
         method = fields.choice("quant_method", known=METHODS)
@@ -159,7 +159,7 @@ def check_method(quantization: Mapping[str, Any]) -> None:
 
 
 def check_group(group: Fields | None) -> None:
-    """A config group of compressed-tensors; without weights it is about activations."""
+    """Check a config group of compressed-tensors; one without weights is for activations."""
     if not group or not (weights := group.section("weights")):
         return
     group.choice("format", known=FORMATS, default=FORMATS[0])
@@ -191,11 +191,11 @@ def check_block(fields: Fields, key: str) -> None:
         fields.check(whole, key, value, "two whole numbers above 0")
 
 
-def scheme_of(weight: str, quantization: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How a weight is stored by its config group: the first that names its module, else the first
-    for a class of modules; empty if there is none.
+def find_scheme(weight: str, quantization: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The scheme of a weight's config group; empty if there is none.
 
-    Files do not tell classes: whatever is quantised counts as `Linear` and any other class.
+    It is the first group that names the weight's module, or else the first one for a class. Files
+    do not name classes, so a quantised weight counts as a member of every class.
     """
     module = weight.removesuffix(".weight")
     by_class: Mapping[str, Any] = {}
@@ -210,132 +210,140 @@ def scheme_of(weight: str, quantization: Mapping[str, Any]) -> Mapping[str, Any]
     return by_class
 
 
-def weights_of(
+def find_weights(
     shards: Shards, quantization: Mapping[str, Any] | None
 ) -> tuple[dict[str, Weight], list[str]]:
-    """Every weight by the name it has when not quantised, and what is wrong with those left out.
+    """Every weight by the name of its plain tensor, and a problem for each damaged one.
 
-    Reads headers only. quantization: the quantization_config that `check_method` has accepted.
+    Reads headers only. quantization: a quantization_config that `check_method` has accepted.
     """
     found: dict[str, Parts] = {}
     for name, stored in shards.tensors.items():
-        if not name.endswith((".input_scale", ".activation_scale")):  # not about weights
-            weight = weight_name(name, shards.tensors)
+        if not name.endswith((".input_scale", ".activation_scale")):  # of activations
+            weight = find_weight_name(name, shards.tensors)
             found.setdefault(weight, {})[name.removeprefix(weight)] = stored
     weights: dict[str, Weight] = {}
     problems = []
     for weight, parts in found.items():
         try:
-            weights[weight] = weight_of(weight, parts, quantization or {}, shards)
+            weights[weight] = make_weight(weight, parts, quantization or {}, shards)
         except CheckpointError as error:
             problems.append(str(error))
     return weights, problems
 
 
-def weight_name(name: str, tensors: Mapping[str, StoredTensor]) -> str:
-    """The name of the weight that a tensor is or belongs to; a plain one may end like a scale."""
-    for end in ENDS if name.endswith(ENDS) else ():
-        weight = name.removesuffix(end)
-        sure = weight.endswith(".weight") or end == "_scale_inv" or tensors[name].dtype == "U8"
+def find_weight_name(name: str, tensors: Mapping[str, StoredTensor]) -> str:
+    """The name of the weight that a tensor belongs to; a plain weight may end like a scale."""
+    for suffix in SUFFIXES if name.endswith(SUFFIXES) else ():
+        weight = name.removesuffix(suffix)
+        sure = weight.endswith(".weight") or suffix == "_scale_inv" or tensors[name].dtype == "U8"
         fp8 = weight in tensors and tensors[weight].dtype == FP8
         if weight != name and (sure or fp8 or weight + "_blocks" in tensors):
             return weight
     return name
 
 
-def weight_of(weight: str, parts: Parts, quantization: Mapping[str, Any], shards: Shards) -> Weight:
-    """The weight that its parts make up; CheckpointError if they do not."""
+def make_weight(
+    weight: str, parts: Parts, quantization: Mapping[str, Any], shards: Shards
+) -> Weight:
+    """Make the weight that the parts store; CheckpointError if they do not fit together."""
     made: Weight
-    end, stored = next(iter(parts.items()))
+    suffix, stored = next(iter(parts.items()))
     if "_blocks" in parts:
-        made = mxfp4_weight(weight, parts)
+        made = make_mxfp4_weight(weight, parts)
     elif "_packed" in parts:
-        made = packed_weight(weight, parts, scheme_of(weight, quantization), shards)
+        made = make_packed_weight(weight, parts, find_scheme(weight, quantization), shards)
     elif "" not in parts:
-        raise problem(stored, f"{weight}{end} is there without the weight {weight}", AGAIN)
+        raise make_error(stored, f"{weight}{suffix} is present without {weight}", AGAIN)
     elif (stored := parts[""]).dtype == FP8:
-        made = fp8_weight(weight, parts, quantization)
+        made = make_fp8_weight(weight, parts, quantization)
     elif stored.dtype in READABLE:
         made = PlainWeight((weight,), stored.file, stored.shape, stored.dtype)
     else:
         readable = ", ".join((*READABLE, FP8))
-        raise problem(stored, f"{weight} is {stored.dtype}, expected {readable}", CONVERT)
-    for end, stored in parts.items():
-        if weight + end not in made.names:
-            beside = f"beside {made.names[0]} as {made.stored_as}"
-            raise problem(stored, f"{weight}{end} is not supported {beside}", CONVERT)
+        raise make_error(stored, f"{weight} is {stored.dtype}, expected {readable}", CONVERT)
+    for suffix, stored in parts.items():
+        if weight + suffix not in made.names:
+            context = f"with {made.names[0]} stored as {made.stored_as}"
+            raise make_error(stored, f"{weight}{suffix} is not supported {context}", CONVERT)
     return made
 
 
-def mxfp4_weight(weight: str, parts: Parts) -> Mxfp4Weight:
-    blocks = part(weight, parts, "_blocks", ("U8",), (None, None, None, 16))
+def make_mxfp4_weight(weight: str, parts: Parts) -> Mxfp4Weight:
+    blocks = require_part(weight, parts, "_blocks", ("U8",), (None, None, None, 16))
     E, N, G, _ = blocks.shape
-    part(weight, parts, "_scales", ("U8",), (E, N, G))
+    require_part(weight, parts, "_scales", ("U8",), (E, N, G))
     return Mxfp4Weight((weight + "_blocks", weight + "_scales"), blocks.file, (E, 32 * G, N))
 
 
-def packed_weight(
+def make_packed_weight(
     weight: str, parts: Parts, scheme: Mapping[str, Any], shards: Shards
 ) -> PackedWeight:
     names = weight + "_packed", weight + "_scale", weight + "_shape"
     if parts["_packed"].dtype == "U8":
         found = f"{names[0]} is U8, as in NVFP4, which is not supported"
-        raise problem(parts["_packed"], found, CONVERT)
-    packed = part(weight, parts, "_packed", ("I32",), (None, None))
+        raise make_error(parts["_packed"], found, CONVERT)
+    packed = require_part(weight, parts, "_packed", ("I32",), (None, None))
     if scheme.get("type") != "int":
         module = weight.removesuffix(".weight")
         found = f"{names[0]}: no config group of integers in config.json targets {module}"
-        raise problem(packed, found, "add the one it was made with")
+        raise make_error(packed, found, "add the one it was made with")
     bits, size = scheme["num_bits"], scheme["group_size"] if scheme["strategy"] == "group" else None
     N, K = packed.shape[0], packed.shape[1] * 32 // bits
-    part(weight, parts, "_scale", SCALES, grid((N, K), (1, size or K)))
-    part(weight, parts, "_shape", ("I64", "I32"), (2,))
+    require_part(weight, parts, "_scale", SCALES, block_grid((N, K), (1, size or K)))
+    require_part(weight, parts, "_shape", ("I64", "I32"), (2,))
     return PackedWeight(names, packed.file, bits, size, shards)
 
 
-def fp8_weight(weight: str, parts: Parts, quantization: Mapping[str, Any]) -> Fp8Weight:
-    """A declared block size holds; without one the scale's shape tells channel from tensor."""
-    stored, end = parts[""], "_scale_inv" if "_scale_inv" in parts else "_scale"
-    if end not in parts:
+def make_fp8_weight(weight: str, parts: Parts, quantization: Mapping[str, Any]) -> Fp8Weight:
+    """A declared block size decides; without one the scale's shape tells channel from tensor."""
+    stored, suffix = parts[""], "_scale_inv" if "_scale_inv" in parts else "_scale"
+    if suffix not in parts:
         found = f"{weight} is {FP8} and no file holds {weight}_scale_inv or {weight}_scale"
-        raise problem(stored, found, "raw it means nothing: find its scale")
+        raise make_error(stored, found, "without its scale the weight is unknown: find it")
     if len(stored.shape) < 2 or 0 in stored.shape:
-        raise problem(stored, f"{weight} is {FP8} {list(stored.shape)}, expected a matrix", CONVERT)
+        raise make_error(
+            stored, f"{weight} is {FP8} {list(stored.shape)}, expected a matrix", CONVERT
+        )
     N, K = stored.shape[-2:]
     ways = {"per tensor": (N, K), "per channel": (1, K)}
-    if end == "_scale_inv":
+    if suffix == "_scale_inv":
         block = quantization.get("weight_block_size", (128, 128))
     else:
-        block = scheme_of(weight, quantization).get("block_structure")
+        block = find_scheme(weight, quantization).get("block_structure")
     if block:
         ways = {f"in blocks of {block[0]} x {block[1]}": (block[0], block[1])}
     for words, size in ways.items():
-        if parts[end].dtype in SCALES and fits(parts[end].shape, grid(stored.shape, size)):
-            names = weight, weight + end
+        if parts[suffix].dtype in SCALES and scale_fits(
+            parts[suffix].shape, block_grid(stored.shape, size)
+        ):
+            names = weight, weight + suffix
             return Fp8Weight(names, stored.file, stored.shape, f"FP8 {words}", size)
-    found = f"{weight}{end} is {parts[end].dtype} {list(parts[end].shape)}"
-    shapes = (f"{list(grid(stored.shape, size))} {words}" for words, size in ways.items())
+    found = f"{weight}{suffix} is {parts[suffix].dtype} {list(parts[suffix].shape)}"
+    shapes = (f"{list(block_grid(stored.shape, size))} {words}" for words, size in ways.items())
     expected = f"{', '.join(SCALES)}: {' or '.join(shapes)} of {weight} {list(stored.shape)}"
     advice = AGAIN if block else f"add its block size to config.json or {AGAIN}"
-    raise problem(parts[end], f"{found}, expected {expected}", advice)
+    raise make_error(parts[suffix], f"{found}, expected {expected}", advice)
 
 
-def part(
-    weight: str, parts: Parts, end: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]
+def require_part(
+    weight: str, parts: Parts, suffix: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]
 ) -> StoredTensor:
-    """A part that must be there, of one of these dtypes and of this shape; None: any but 0."""
-    if end not in parts:
+    """A part that must have one of these dtypes and this shape; a size of None: any but 0."""
+    if suffix not in parts:
         first, stored = next(iter(parts.items()))
-        raise problem(stored, f"{weight}{first} needs {weight}{end}, which is in no file", AGAIN)
-    stored = parts[end]
+        raise make_error(
+            stored, f"{weight}{first} needs {weight}{suffix}, which is in no file", AGAIN
+        )
+    stored = parts[suffix]
     sizes = zip(stored.shape, shape, strict=False)
     whole = all(size > 0 if wanted is None else size == wanted for size, wanted in sizes)
     if stored.dtype not in dtypes or len(stored.shape) != len(shape) or not whole:
-        found = f"{weight}{end} is {stored.dtype} {list(stored.shape)}"
+        found = f"{weight}{suffix} is {stored.dtype} {list(stored.shape)}"
         expected = f"{' or '.join(dtypes)} {str(list(shape)).replace('None', 'any')}"
-        raise problem(stored, f"{found}, expected {expected}", AGAIN)
+        raise make_error(stored, f"{found}, expected {expected}", AGAIN)
     return stored
 
 
-def problem(stored: StoredTensor, found: str, advice: str) -> CheckpointError:
+def make_error(stored: StoredTensor, found: str, advice: str) -> CheckpointError:
     return CheckpointError(f"{stored.file}: {found}; {advice}")

@@ -1,7 +1,7 @@
-"""Writes a checkpoint directory: config.json, safetensors, an index. Whole or not at all.
+"""Writes a checkpoint directory, with config.json, safetensors files and an index, or nothing.
 
-Everything is written into a directory beside the final one, the index last, and that directory
-then takes the final name. What an interruption leaves behind is either removed or has no index.
+All files are written into a directory next to the final one, the index last, and that directory is
+then renamed. An interruption leaves nothing, or a directory without an index.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config_file import CheckpointError
-from .quantized import grid, quantize_blocks
+from .quantized import block_grid, quantize_blocks
 from .shards import INDEX, SINGLE
 
 ALIGNED = 16  # bytes: no dtype is wider
@@ -34,8 +34,8 @@ FP8_CONFIG = {
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor to be written: its size is known before it is made."""
+class PlannedTensor:
+    """A tensor to write; its size is known before it is made."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,32 +44,32 @@ class Planned:
 
     @property
     def nbytes(self) -> int:
-        scales = prod(grid(self.shape, BLOCK)) * 4 if self.dtype == FP8 else 0
+        scales = prod(block_grid(self.shape, BLOCK)) * 4 if self.dtype == FP8 else 0
         return prod(self.shape) * self.dtype.itemsize + scales
 
-    def parts(self, made: Tensor) -> list[Tensor]:
-        """What stands in the file for `made`: itself in the wanted dtype, or FP8 and its scale."""
+    def encode(self, made: Tensor) -> list[Tensor]:
+        """The stored tensors: one of the wanted dtype, or FP8 and its scale."""
         if self.dtype != FP8:
             return [made.to(self.dtype).contiguous()]
         return list(quantize_blocks(made, BLOCK))
 
-    def tensors(self) -> dict[str, Tensor]:
+    def make_tensors(self) -> dict[str, Tensor]:
         names = [self.name, self.name + "_scale_inv"]
-        return dict(zip(names, self.parts(self.make()), strict=False))
+        return dict(zip(names, self.encode(self.make()), strict=False))
 
 
 def write_checkpoint(
     directory: Path,
     config_json: Mapping[str, Any],
-    planned: Sequence[Planned],
+    planned: Sequence[PlannedTensor],
     max_shard_bytes: int,
-    beside: Sequence[Path] = (),
+    extra_files: Sequence[Path] = (),
     progress: bool = False,
 ) -> None:
-    """Write all `planned` tensors, and copies of the files `beside`, into a new directory.
+    """Write all `planned` tensors, and copies of `extra_files`, into a new directory.
 
-    At no time is there more in memory than the tensors of one shard and what one of them is made
-    from. Raises CheckpointError if `directory` exists and is not empty, or the disk is too small.
+    At most the tensors of one shard, and the sources of one tensor, are in memory. Raises
+    CheckpointError if `directory` exists and is not empty, or if the disk is too small.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory}: exists already; remove it or choose another path")
@@ -79,11 +79,13 @@ def write_checkpoint(
     try:
         check_space(partial, sum(tensor.nbytes for tensor in planned))
         (partial / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
-        for file in beside:
+        for file in extra_files:
             shutil.copyfile(file, partial / file.name)
         write_shards(planned, partial, max_shard_bytes, progress)
         for file in partial.iterdir():
-            shutil.copymode(partial / "config.json", file)  # safetensors makes them private
+            shutil.copymode(
+                partial / "config.json", file
+            )  # safetensors lets only the owner read them
             with file.open("rb") as written:
                 os.fsync(written.fileno())
         partial.rename(directory)
@@ -99,16 +101,16 @@ def check_space(directory: Path, needed: int) -> None:
 
 
 def write_shards(
-    planned: Sequence[Planned], directory: Path, max_shard_bytes: int, progress: bool
+    planned: Sequence[PlannedTensor], directory: Path, max_shard_bytes: int, progress: bool
 ) -> None:
-    """One file if everything fits, else numbered shards and the index that lists them."""
-    shards = list(grouped(planned, max_shard_bytes))
+    """Write one file if all tensors fit into it, otherwise numbered shards and their index."""
+    shards = list(split_into_shards(planned, max_shard_bytes))
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [SINGLE]
     weight_map: dict[str, str] = {}
     total = 0
-    arena = torch.empty(max(map(room_for, shards)), dtype=torch.uint8)
+    arena = torch.empty(max(map(count_arena_bytes, shards)), dtype=torch.uint8)
     with tqdm(
         total=len(planned), desc="writing", unit="tensor", disable=None if progress else True
     ) as bar:
@@ -116,7 +118,7 @@ def write_shards(
             tensors: dict[str, Tensor] = {}
             end = 0
             for tensor in shard:
-                copies, end = placed(tensor.tensors(), arena, end)
+                copies, end = copy_into_arena(tensor.make_tensors(), arena, end)
                 tensors |= copies
                 bar.update()
             save_file(tensors, directory / name, metadata={"format": "pt"})
@@ -127,18 +129,18 @@ def write_shards(
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-# A shard's tensors stand in one block of memory, used for every shard: many small ones, freed in
-# between larger intermediate results, would leave gaps as large as themselves.
+# The tensors of a shard are in one block of memory, the arena, which is used for every shard. If
+# each had its own memory, freeing them between larger intermediate results would leave gaps.
 
 
-def room_for(shard: Sequence[Planned]) -> int:
+def count_arena_bytes(shard: Sequence[PlannedTensor]) -> int:
     return sum(tensor.nbytes + 2 * ALIGNED for tensor in shard)
 
 
-def placed(
+def copy_into_arena(
     tensors: Mapping[str, Tensor], arena: Tensor, start: int
 ) -> tuple[dict[str, Tensor], int]:
-    """Copies of the tensors, one after the other in the arena, and where the next may begin."""
+    """Copy the tensors into the arena, one after the other; return them and the next free byte."""
     copies = {}
     for name, tensor in tensors.items():
         place = arena[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -147,9 +149,11 @@ def placed(
     return copies, start
 
 
-def grouped(planned: Sequence[Planned], max_shard_bytes: int) -> Iterator[list[Planned]]:
-    """Consecutive tensors that fit into one shard; one larger than that stands alone."""
-    shard: list[Planned] = []
+def split_into_shards(
+    planned: Sequence[PlannedTensor], max_shard_bytes: int
+) -> Iterator[list[PlannedTensor]]:
+    """Yield consecutive tensors that fit into one shard; a larger one gets its own shard."""
+    shard: list[PlannedTensor] = []
     size = 0
     for tensor in planned:
         if shard and size + tensor.nbytes > max_shard_bytes:

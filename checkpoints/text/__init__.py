@@ -1,1 +1,1 @@
-"""Text to token ids and back, and conversations as a chat template writes them."""
+"""Text to token ids and back, and conversations as a chat template renders them."""

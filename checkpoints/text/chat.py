@@ -1,10 +1,10 @@
-"""Conversations as a checkpoint's chat template writes them, and whose words are whose.
+"""Renders conversations with a checkpoint's chat template, and finds its control tokens.
 
-A template prints control tokens around what people say. What they say may look like a control token
-too, and must stay text: so before rendering, every such place is put between two marks, characters
-that nobody used, and a control token without marks in the rendered text is the template's own. The
-marks stand around a token and not within it, since templates look for some (`</think>`) in what the
-model said.
+A template prints control tokens around the messages. A message may contain the text of a control
+token, which must stay text. So before rendering, two marks, characters that the conversation does
+not contain, are put around each such text: a control token without marks in the rendered text is
+one that the template printed. The marks are not put inside the text, since templates search the
+model's messages for some tokens (`</think>`).
 """
 
 import json
@@ -25,7 +25,7 @@ CHARACTERS = 4 * 2**20
 
 
 class Part(NamedTuple):
-    """A stretch of a rendered conversation: one control token of the template's, or plain text."""
+    """A piece of a rendered conversation: one control token of the template, or plain text."""
 
     text: str
     control: bool
@@ -38,9 +38,9 @@ class Template:
 
 
 class ChatTemplates:
-    """The chat templates of a checkpoint directory, read when one is asked for.
+    """The chat templates of a checkpoint directory, read when one is needed.
 
-    settings: its tokenizer_config.json; special: the tokens that a template prints by name.
+    settings: its tokenizer_config.json; special: the tokens that a template can print by name.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any], special: dict[str, str]) -> None:
@@ -48,11 +48,11 @@ class ChatTemplates:
 
     @property
     def names(self) -> list[str]:
-        """Of the templates there are."""
+        """The names of the templates."""
         return list(self._all())
 
     def find(self, name: str | None = None) -> Template:
-        """The template of that name, by default `default`; CheckpointError where there is none."""
+        """The template of that name, or `default`; CheckpointError if there is none."""
         found = self._all()
         if not found:
             raise CheckpointError(
@@ -62,25 +62,25 @@ class ChatTemplates:
         if (name or "default") not in found:
             known = ", ".join(found)
             raise CheckpointError(
-                f"{self.directory}: no chat template named {name or 'default'}; there is {known}"
+                f"{self.directory}: no chat template named {name or 'default'}; it has {known}"
             )
         return found[name or "default"]
 
     def parts(self, messages: Any, name: str | None, control: Collection[str]) -> list[Part]:
-        """A conversation up to where the answer begins; `control`: the tokens to tell apart."""
+        """Render a conversation up to the start of the answer; control: the control tokens."""
         check_messages(messages)
-        said = [text for message in messages for text in message.values()]
-        opening, closing = spare_characters("".join([*said, *control]))
-        token = one_of(control)
+        texts = [text for message in messages for text in message.values()]
+        opening, closing = find_spare_characters("".join([*texts, *control]))
+        token = match_any(control)
         marked = [
             {key: re.sub(token, rf"{opening}\g<0>{closing}", text) for key, text in message.items()}
             for message in messages
         ]
         text = render(self.find(name), self.special | {"messages": marked})
-        return tell_apart(text, token, opening, closing)
+        return split_control_tokens(text, token, opening, closing)
 
     def _all(self) -> dict[str, Template]:
-        """From chat_template.jinja, else from tokenizer_config.json, where there may be several."""
+        """From chat_template.jinja, or else from tokenizer_config.json, which may have several."""
         file = self.directory / "chat_template.jinja"
         check_regular(file)
         if file.exists():
@@ -101,16 +101,16 @@ class ChatTemplates:
 
 
 def render(template: Template, variables: dict[str, Any]) -> str:
-    """What the template prints; CheckpointError, with its line, where it fails or takes too long.
+    """Render a template; CheckpointError, with the line, if it fails or takes too long.
 
-    In a process that gets nothing but the request, no environment variables either.
+    It runs in a process that gets the request only, and no environment variables.
     """
     # transformers has these as None, and templates ask `is not none`
     nothing = {"tools": None, "documents": None}
     request = {
         "template": template.source,
         "variables": nothing | variables | {"add_generation_prompt": True},
-        "seconds": int(SECONDS) + 1,  # of computing: later than it is stopped from here
+        "seconds": int(SECONDS) + 1,  # of CPU time: a later limit than the timeout below
         "megabytes": MEGABYTES,
         "characters": CHARACTERS,
     }
@@ -129,8 +129,8 @@ def render(template: Template, variables: dict[str, Any]) -> str:
     return reply["text"]
 
 
-def tell_apart(text: str, token: str, opening: str, closing: str) -> list[Part]:
-    """A rendered text as control tokens and what is between them; the marks are gone."""
+def split_control_tokens(text: str, token: str, opening: str, closing: str) -> list[Part]:
+    """Split a rendered text into control tokens and the text between them; remove the marks."""
     parts, end = [], 0
     unmarked = str.maketrans("", "", opening + closing)
     for match in re.finditer(f"{opening}{token}{closing}|(?P<own>{token})", text):
@@ -166,8 +166,8 @@ def check_unicode(text: str, what: str) -> None:
         raise ValueError(f"{what} has half a surrogate pair at {where}: not Unicode") from None
 
 
-def spare_characters(text: str) -> tuple[str, str]:
-    """Two characters that the text does not hold, of those that Unicode keeps for internal use."""
+def find_spare_characters(text: str) -> tuple[str, str]:
+    """Two characters that the text does not contain, of those reserved for internal use."""
     spare = [chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in text]
     if len(spare) < 2:
         raise ValueError(
@@ -176,8 +176,8 @@ def spare_characters(text: str) -> tuple[str, str]:
     return spare[0], spare[1]
 
 
-def one_of(strings: Collection[str]) -> str:
-    """A pattern for any of them, the longest where several begin; for none of none."""
+def match_any(strings: Collection[str]) -> str:
+    """A pattern that matches any of the strings, the longest first; nothing if there are none."""
     longest_first = sorted(strings, key=len, reverse=True)
     return "(?:" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")"
 

@@ -1,8 +1,8 @@
-"""Renders one chat template: a request as JSON on stdin, the text or an error as JSON on stdout.
+"""Renders a chat template: the request is JSON on stdin, the text or an error JSON on stdout.
 
-A program of its own, started by `chat.py`. A template is a program too, by whoever made the
-checkpoint: jinja2's sandbox keeps it from Python's insides, and the limits of a process keep it
-from filling the memory or computing forever, which no sandbox within one process can.
+`chat.py` runs this file as a process. A template is a program by the author of the checkpoint:
+jinja2's sandbox keeps it from the internals of Python, and the limits of a process keep it from
+filling the memory or running forever, which no sandbox within one process can.
 """
 
 import json
@@ -22,9 +22,9 @@ if sys.platform != "win32":
 
 
 class Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`, where training looks for answers: the body alone.
+    """`{% generation %}...{% endgeneration %}`, which marks answers for training: prints the body.
 
-    What is set inside stays inside, as in transformers.
+    A variable that is set inside stays inside, as in transformers.
     """
 
     tags = {"generation"}
@@ -36,7 +36,7 @@ class Generation(Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-    """`namespace`, without names that Python itself would look up on it."""
+    """jinja2's `namespace`, without names that Python itself looks up on it."""
 
     def __init__(self, *args: Any, **values: Any) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As JSON is written elsewhere: jinja2's own filter is for HTML, and escapes < and >."""
+    """Plain JSON: jinja2's own filter is for HTML, and escapes < and >."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -78,8 +78,8 @@ def tojson(
     )
 
 
-def environment() -> jinja2.Environment:
-    """What chat templates are written for: the names and settings of transformers; no loader."""
+def make_environment() -> jinja2.Environment:
+    """The environment that chat templates expect: transformers' names and settings, no loader."""
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
@@ -95,7 +95,7 @@ def environment() -> jinja2.Environment:
 
 def render(template: str, variables: dict[str, Any], characters: int) -> str:
     pieces, length = [], 0
-    for piece in environment().from_string(template).generate(variables):
+    for piece in make_environment().from_string(template).generate(variables):
         pieces.append(piece)
         length += len(piece)
         if length > characters:
@@ -105,8 +105,8 @@ def render(template: str, variables: dict[str, Any], characters: int) -> str:
     return text
 
 
-def line_of(error: Exception) -> int | None:
-    """Where in the template: jinja2 rewrites tracebacks to point there."""
+def find_line(error: Exception) -> int | None:
+    """The line in the template, to which jinja2 makes tracebacks point."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return error.lineno
     lines = [
@@ -117,7 +117,7 @@ def line_of(error: Exception) -> int | None:
     return lines[-1] if lines else None
 
 
-def words(error: Exception, megabytes: int) -> str:
+def format_error(error: Exception, megabytes: int) -> str:
     """The error in at most a thousand characters."""
     if isinstance(error, MemoryError):
         return f"it needs more than {megabytes} MB of memory"
@@ -127,7 +127,7 @@ def words(error: Exception, megabytes: int) -> str:
 
 
 def limit_process(seconds: int, megabytes: int) -> None:
-    """Bounds for when nobody is left to stop this process, and for its memory."""
+    """Limit the CPU time, in case the parent process has ended, and the memory."""
     if sys.platform != "win32":
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         resource.setrlimit(resource.RLIMIT_AS, (megabytes * 2**20, megabytes * 2**20))
@@ -141,7 +141,7 @@ def main() -> None:
         text = render(request["template"], request["variables"], request["characters"])
         reply = {"text": text}
     except Exception as error:  # a template can raise anything
-        reply = {"error": words(error, request["megabytes"]), "line": line_of(error)}
+        reply = {"error": format_error(error, request["megabytes"]), "line": find_line(error)}
     sys.stdout.buffer.write(json.dumps(reply, ensure_ascii=False).encode("utf-8", "replace"))
 
 

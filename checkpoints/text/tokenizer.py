@@ -1,4 +1,4 @@
-"""Text to token ids and back, for one checkpoint: its vocabulary, its BOS, its stop ids."""
+"""The tokenizer of a checkpoint: its vocabulary, BOS token and stop ids."""
 
 import re
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config_file import CheckpointError, check_regular, read_json
-from ..storage.shards import some
+from ..storage.shards import list_some
 from .chat import ChatTemplates, check_unicode
 from .vocabularies import AddedToken, JsonVocabulary, Ranks, SentencePieces, Vocabulary
 
 
 class Tokenizer:
-    """Text <-> ids of one checkpoint; knows which token begins a text and which end one."""
+    """Converts text to ids and back; knows the BOS token and the ids that end a text."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Tokenizer:
         return self.vocabulary.size
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of a text; with `bos`, begun as the checkpoint's own tokenizer begins one."""
+        """The ids of a text. bos: put the BOS token first if the checkpoint's tokenizer does."""
         check_unicode(text, "the text")
         ids = self.vocabulary.encode(text, special=bos and self.bos_id is not None)
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
@@ -37,11 +37,10 @@ class Tokenizer:
         return ids
 
     def chat(self, messages: list[dict[str, str]], template: str | None = None) -> list[int]:
-        """Ids of a conversation as the chat template writes it, up to where the answer begins.
+        """The ids of a conversation, rendered by the chat template up to the start of the answer.
 
-        messages: [{"role": "user", "content": "..."}, ...]; template: its name, where there are
-        several. Control tokens are those that the template prints, the BOS among them; what looks
-        like one in a message stays text.
+        messages: [{"role": "user", "content": "..."}, ...]; template: its name, if there are
+        several. Only the template prints control tokens (the BOS too); in a message they are text.
         """
         parts = self.templates.parts(messages, template, self.vocabulary.control)
         return self.vocabulary.encode_parts(parts)
@@ -51,49 +50,49 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of tokens as they come, continuing `prompt_ids`; whole characters only."""
+    """Decodes tokens one by one, after `prompt_ids`, into whole characters."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
         # some tokenizers decode a piece differently at the start of a text, or after half a
-        # character: so each token is decoded behind some others, which begin with a whole one
+        # character: so each token is decoded after some others, which start with a whole character
         self.tokenizer, self.ids = tokenizer, list(prompt_ids)
-        self.told, self.whole = tokenizer.decode(self.ids), len(self.ids)
+        self.text, self.context_end = tokenizer.decode(self.ids), len(self.ids)
 
     def push(self, token: int) -> str:
-        """The text that this token completes; empty while a character is still in pieces."""
+        """The text that this token completes; empty while a character is incomplete."""
         self.ids.append(token)
         return self._new_text(hold_back=True)
 
     def finish(self) -> str:
-        """What is left of a character that never became whole."""
+        """The rest, if the last character is incomplete."""
         return self._new_text(hold_back=False)
 
     def _new_text(self, hold_back: bool) -> str:
         text = self.tokenizer.decode(self.ids)
         if hold_back and text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        new, self.told = text[len(self.told) :], text
-        if len(self.ids) - self.whole >= 8:  # enough of them: let go of those before
-            self.ids = self.ids[self.whole :]
-            self.told, self.whole = self.tokenizer.decode(self.ids), len(self.ids)
+        new, self.text = text[len(self.text) :], text
+        if len(self.ids) - self.context_end >= 8:  # enough context: drop the older ids
+            self.ids = self.ids[self.context_end :]
+            self.text, self.context_end = self.tokenizer.decode(self.ids), len(self.ids)
         return new
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory, from the first of the three files that is there.
+    """Load the tokenizer of a checkpoint directory, from the first of its three files.
 
     Chat templates are read when a conversation needs one.
     """
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
-    settings = optional_json(directory / "tokenizer_config.json")
+    settings = read_json_if_present(directory / "tokenizer_config.json")
     vocabulary = read_vocabulary(directory, settings)
-    special = vocabulary.named | special_tokens(settings, vocabulary)
+    special = vocabulary.named | read_special_tokens(settings, vocabulary)
     bos_id = vocabulary.find(special["bos_token"]) if "bos_token" in special else None
-    if not settings.get("add_bos_token", vocabulary.begins[:1] == [bos_id]):
+    if not settings.get("add_bos_token", vocabulary.prefix_ids[:1] == [bos_id]):
         bos_id = None
-    stops = stop_ids(directory, special.get("eos_token"), vocabulary)
+    stops = read_stop_ids(directory, special.get("eos_token"), vocabulary)
     return Tokenizer(vocabulary, bos_id, stops, ChatTemplates(directory, settings, special))
 
 
@@ -105,15 +104,15 @@ def read_vocabulary(directory: Path, settings: dict[str, Any]) -> Vocabulary:
     if in_json.exists():
         return JsonVocabulary(in_json)
     if in_pieces.exists():
-        return SentencePieces(in_pieces, added_tokens(directory, settings))
+        return SentencePieces(in_pieces, read_added_tokens(directory, settings))
     if in_ranks.exists():
-        return Ranks(in_ranks, added_tokens(directory, settings))
-    found = some(sorted(entry.name for entry in directory.iterdir()))
+        return Ranks(in_ranks, read_added_tokens(directory, settings))
+    found = list_some(sorted(entry.name for entry in directory.iterdir()))
     expected = "tokenizer.json, tokenizer.model or tiktoken.model"
     raise CheckpointError(f"{directory}: no {expected}; found {found}")
 
 
-def added_tokens(directory: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
+def read_added_tokens(directory: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
     """`added_tokens_decoder` of tokenizer_config.json: {"163585": {"content": "[EOS]", ...}}."""
     listed = settings.get("added_tokens_decoder")
     listed = {} if listed is None else listed
@@ -131,7 +130,7 @@ def added_tokens(directory: Path, settings: dict[str, Any]) -> dict[int, AddedTo
     return found
 
 
-def special_tokens(settings: dict[str, Any], vocabulary: Vocabulary) -> dict[str, str]:
+def read_special_tokens(settings: dict[str, Any], vocabulary: Vocabulary) -> dict[str, str]:
     """bos_token, eos_token, ... of tokenizer_config.json: each a string, or an object with one."""
     found = {}
     for name, token in settings.items():
@@ -141,15 +140,17 @@ def special_tokens(settings: dict[str, Any], vocabulary: Vocabulary) -> dict[str
     return {name: token for name, token in found.items() if vocabulary.find(token) is not None}
 
 
-def stop_ids(directory: Path, eos_token: str | None, vocabulary: Vocabulary) -> tuple[int, ...]:
+def read_stop_ids(
+    directory: Path, eos_token: str | None, vocabulary: Vocabulary
+) -> tuple[int, ...]:
     """eos_token_id of generation_config.json, else of config.json, else the tokenizer's own."""
     config = directory / "config.json"
-    described = optional_json(config)
+    described = read_json_if_present(config)
     inner = described.get("model")  # where our own format has the description
     rows = (inner if isinstance(inner, dict) else described).get("vocab_size")
     size = max(vocabulary.size, rows if isinstance(rows, int) else 0)
     for file in (directory / "generation_config.json", config):
-        found = optional_json(file).get("eos_token_id")
+        found = read_json_if_present(file).get("eos_token_id")
         ids = found if isinstance(found, list) else [] if found is None else [found]
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool) or token < 0:
@@ -164,5 +165,5 @@ def stop_ids(directory: Path, eos_token: str | None, vocabulary: Vocabulary) -> 
     return () if own is None else (own,)
 
 
-def optional_json(file: Path) -> dict[str, Any]:
+def read_json_if_present(file: Path) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}

@@ -1,4 +1,4 @@
-"""Vocabularies: what the three libraries that read tokenizer files are brought down to."""
+"""Vocabularies: one interface to the three libraries that read tokenizer files."""
 
 import base64
 import json
@@ -14,10 +14,10 @@ import tiktoken
 import tokenizers
 
 from ..config_file import CheckpointError
-from .chat import Part, one_of, spare_characters
+from .chat import Part, find_spare_characters, match_any
 
-# A rank file does not say how text is split into words. This is how Kimi's tokenization_kimi.py
-# does, which, being a program, is not run.
+# A rank file does not hold the rule that splits text into words. This is the rule in Kimi's
+# tokenization_kimi.py, which is code and is not run.
 BEFORE_WORD = r"[^\r\n\p{L}\p{N}]?"
 UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -34,26 +34,26 @@ SPLIT = "|".join(
         r"\s+",
     ]
 )
-# It also fixes these two. It names two tokens more, which the published models have no row for.
+# That file also defines these two. It names two more tokens, for which published models lack rows.
 RESERVED = 256  # ids after the ranks; those without a name are <|reserved_token_N|>
-LONGEST_RUN = 25_000  # of letters, or of white space: tiktoken's stack has an end
+LONGEST_RUN = 25_000  # of letters or white space: longer ones exceed tiktoken's stack
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # kinds of pieces, in sentencepiece_model.proto
 
 
 class AddedToken(NamedTuple):
     content: str
-    special: bool  # no text: decoding leaves it out
+    special: bool  # decoding omits it
 
 
 class Vocabulary(Protocol):
-    """What the libraries are brought down to."""
+    """The interface that all tokenizer libraries get."""
 
     size: int
-    begins: list[int]  # what the library itself puts before a text
-    named: dict[str, str]  # bos_token and eos_token, where the file itself says which they are
+    prefix_ids: list[int]  # ids that the library puts before a text
+    named: dict[str, str]  # bos_token and eos_token, if the file defines them
 
     @property
-    def control(self) -> dict[str, int]: ...  # the tokens that give a conversation its structure
+    def control(self) -> dict[str, int]: ...  # the tokens that structure a conversation
 
     def encode(self, text: str, special: bool) -> list[int]: ...
     def encode_parts(self, parts: Sequence[Part]) -> list[int]: ...
@@ -69,8 +69,8 @@ class SentencePieces:
             self.processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:
             raise CheckpointError(f"{file}: not a sentencepiece model ({error})") from None
-        # The same for text that goes on: two fields appended to the model's (in protobuf the last
-        # value counts) so that it neither puts a space before a text nor takes any away.
+        # The same model for text after other text: two appended fields (in protobuf the last value
+        # counts) keep it from adding a space before a text and from removing spaces.
         self.model = file.read_bytes()
         self.inner = sentencepiece.SentencePieceProcessor(
             model_proto=self.model + b"\x1a\x04\x18\x00\x20\x00"
@@ -78,7 +78,7 @@ class SentencePieces:
         self.added = added
         self.pieces = self.processor.vocab_size()
         self.size = max([self.pieces, *(token + 1 for token in added)])
-        self.begins = [token for token in [self.processor.bos_id()] if token >= 0]
+        self.prefix_ids = [token for token in [self.processor.bos_id()] if token >= 0]
         ends = {"bos_token": self.processor.bos_id(), "eos_token": self.processor.eos_id()}
         self.named = {name: self.processor.id_to_piece(i) for name, i in ends.items() if i >= 0}
 
@@ -87,13 +87,13 @@ class SentencePieces:
         found = {}
         for token, (piece, kind) in enumerate(read_pieces(self.model)):
             content = piece.replace("▁", " ")
-            if kind in (UNKNOWN, CONTROL) or kind == USER_DEFINED and structural(content):
+            if kind in (UNKNOWN, CONTROL) or kind == USER_DEFINED and is_structural(content):
                 found[content] = token
-        listed = {token.content: i for i, token in self.added.items() if structural(*token)}
+        listed = {token.content: i for i, token in self.added.items() if is_structural(*token)}
         return found | listed
 
     def encode(self, text: str, special: bool) -> list[int]:
-        return (self.begins if special else []) + self.processor.encode(text)
+        return (self.prefix_ids if special else []) + self.processor.encode(text)
 
     def encode_parts(self, parts: Sequence[Part]) -> list[int]:
         ids = []
@@ -106,8 +106,8 @@ class SentencePieces:
         return ids
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of normalised text that are no control tokens: those in it are cut in two."""
-        pattern = one_of([token.replace(" ", "▁") for token in self.control])
+        """Encode normalised text without control tokens: those in it are cut in two."""
+        pattern = match_any([token.replace(" ", "▁") for token in self.control])
         cuts = [match.start() + 1 for match in re.finditer(f"(?={pattern})", text)]
         spans = pairwise([0, *cuts, len(text)])
         return [token for start, end in spans for token in self.inner.encode(text[start:end])]
@@ -115,7 +115,7 @@ class SentencePieces:
     def decode(self, ids: Sequence[int]) -> str:
         texts = []
         for index, (added, run) in enumerate(groupby(ids, lambda token: token >= self.pieces)):
-            if added:  # or nothing: a model's vocabulary may be padded beyond the tokenizer's
+            if added:  # ids beyond the tokenizer's, from a padded vocabulary, are skipped
                 tokens = [self.added[token] for token in run if token in self.added]
                 texts += [token.content for token in tokens if not token.special]
             else:
@@ -137,34 +137,34 @@ class JsonVocabulary:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception for every fault
             raise CheckpointError(f"{file}: not a tokenizer ({error})") from None
-        self.tokenizer.no_truncation()  # what training had cut and filled up
+        self.tokenizer.no_truncation()  # settings that remain from training
         self.tokenizer.no_padding()
         self.size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
-        self.begins = self.encode("", special=True)
+        self.prefix_ids = self.encode("", special=True)
         added = self.tokenizer.get_added_tokens_decoder()
         self.control = {
             token.content: i
             for i, token in added.items()
-            if structural(token.content, token.special)
+            if is_structural(token.content, token.special)
         }
-        self.twins: dict[str, tokenizers.Tokenizer] = {}  # by the marks in their names
+        self.marked: dict[str, tokenizers.Tokenizer] = {}  # by their marks
 
     def encode(self, text: str, special: bool) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=special).ids
 
     def encode_parts(self, parts: Sequence[Part]) -> list[int]:
-        opening, closing = spare_characters("".join(part.text for part in parts))
-        if opening + closing not in self.twins:
-            self.twins[opening + closing] = self.renamed(opening, closing)
+        opening, closing = find_spare_characters("".join(part.text for part in parts))
+        if opening + closing not in self.marked:
+            self.marked[opening + closing] = self.rename_control_tokens(opening, closing)
         text = "".join(
             f"{opening}{part.text}{closing}" if part.control else part.text for part in parts
         )
-        return self.twins[opening + closing].encode(text, add_special_tokens=False).ids
+        return self.marked[opening + closing].encode(text, add_special_tokens=False).ids
 
-    def renamed(self, opening: str, closing: str) -> tokenizers.Tokenizer:
-        """The same tokenizer, its control tokens under names with marks, which no text holds.
+    def rename_control_tokens(self, opening: str, closing: str) -> tokenizers.Tokenizer:
+        """The same tokenizer, with marks in the names of its control tokens, which no text has.
 
-        In the model's vocabulary too: some models know control tokens as words like others.
+        They are renamed in the model's vocabulary too, where some models list control tokens.
         """
         names = {token: opening + token + closing for token in self.control}
         parts = json.loads(self.tokenizer.to_str())
@@ -190,9 +190,9 @@ class JsonVocabulary:
 
 
 class Ranks:
-    """A `tiktoken.model`: byte strings in the order in which they merge, then control tokens."""
+    """A `tiktoken.model`: byte strings in the order of their merges, then control tokens."""
 
-    begins: list[int] = []
+    prefix_ids: list[int] = []
     named: dict[str, str] = {}
 
     def __init__(self, file: Path, added: dict[int, AddedToken]) -> None:
@@ -211,14 +211,14 @@ class Ranks:
         self.control = {token.content: i for i, token in tokens.items()}
         if len(self.control) < RESERVED:
             raise CheckpointError(f"{file}: tokenizer_config.json has two added tokens of one name")
-        self.unwritten = {i for i, token in tokens.items() if token.special}
+        self.skipped_ids = {i for i, token in tokens.items() if token.special}
         self.encoding = tiktoken.Encoding(
             file.name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.control
         )
 
     def encode(self, text: str, special: bool) -> list[int]:
-        stretches = bounded_runs(text)
-        return [i for part in stretches for i in self.encoding.encode(part, allowed_special="all")]
+        pieces = split_long_runs(text)
+        return [i for part in pieces for i in self.encoding.encode(part, allowed_special="all")]
 
     def encode_parts(self, parts: Sequence[Part]) -> list[int]:
         ids = []
@@ -226,20 +226,20 @@ class Ranks:
             if part.control:
                 ids.append(self.control[part.text])
             else:
-                for stretch in bounded_runs(part.text):
-                    ids += self.encoding.encode_ordinary(stretch)
+                for piece in split_long_runs(part.text):
+                    ids += self.encoding.encode_ordinary(piece)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        written = [i for i in ids if i < self.size and i not in self.unwritten]
-        return self.encoding.decode_bytes(written).decode("utf-8", errors="replace")
+        kept = [i for i in ids if i < self.size and i not in self.skipped_ids]
+        return self.encoding.decode_bytes(kept).decode("utf-8", errors="replace")
 
     def find(self, piece: str) -> int | None:
         return self.control.get(piece)
 
 
 def read_pieces(model: bytes) -> Iterator[tuple[str, int]]:
-    """Every piece of a sentencepiece model with its kind, of which the library tells only some."""
+    """Yield every piece of a sentencepiece model with its kind; the library shows only some."""
     for number, piece in read_fields(model):
         if number == 1:
             fields = dict(read_fields(piece))
@@ -247,7 +247,7 @@ def read_pieces(model: bytes) -> Iterator[tuple[str, int]]:
 
 
 def read_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of the fields of a protobuf message that is known to be valid."""
+    """Yield (number, value) of the fields of a protobuf message that is known to be valid."""
     position = 0
 
     def varint() -> int:
@@ -269,7 +269,7 @@ def read_fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """Lines of a token's bytes in base64 and its rank."""
+    """Read the ranks: each line holds the bytes of a token, in base64, and its rank."""
     lines = [line for line in file.read_bytes().splitlines() if line]
     ranks = {}
     for number, line in enumerate(lines, 1):
@@ -291,8 +291,8 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     return ranks
 
 
-def bounded_runs(text: str) -> Iterator[str]:
-    """The text in stretches, so that no run of letters or of white space is too long."""
+def split_long_runs(text: str) -> Iterator[str]:
+    """Yield the text in pieces, so that no run of letters or white space is too long."""
     start = 0
     for run in re.finditer(r"\s+|\S+", text):
         for cut in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
@@ -301,6 +301,6 @@ def bounded_runs(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def structural(content: str, special: bool = False) -> bool:
-    """Whether an added token is more than a stretch of text: white space and letters are text."""
+def is_structural(content: str, special: bool = False) -> bool:
+    """Whether an added token is more than text: single characters and white space are text."""
     return special or len(content.strip()) > 1

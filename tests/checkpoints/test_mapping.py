@@ -13,9 +13,9 @@ from torch import Tensor
 
 from checkpoints import CheckpointError, load_model
 from checkpoints.config_file import Fields
-from checkpoints.contents import copied_entries, own_state
+from checkpoints.contents import list_copies, own_state
 from checkpoints.families import FAMILIES
-from checkpoints.mapping import Family, Rule, correspondences
+from checkpoints.mapping import Family, Rule, apply_rules
 from modeling import ModelConfig, Transformer
 from tools.make_tiny import CONFIGS
 
@@ -58,7 +58,7 @@ def models(draw):
 
 def entries_of(model, present=None):
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state.items()}
-    return correspondences(model.family.rules, shapes, model.config, present)
+    return apply_rules(model.family.rules, shapes, model.config, present)
 
 
 def blank(state):
@@ -163,8 +163,8 @@ def test_a_tensor_that_no_rule_knows_is_an_error_with_its_name(model, data):
     stem = stem.removeprefix("block.")
     rules = [rule for rule in model.family.rules if not knows(rule, stem)]
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state.items()}
-    with pytest.raises(ValueError, match=r"no rule says how the family publishes") as caught:
-        correspondences(rules, shapes, model.config)
+    with pytest.raises(ValueError, match=r"no rule of the family maps") as caught:
+        apply_rules(rules, shapes, model.config)
     assert name in str(caught.value)
 
 
@@ -176,7 +176,7 @@ def knows(rule: Rule, stem: str) -> bool:
 @given(models())
 def test_copies_repeat_a_tensor_under_a_name_of_their_own(model):
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state.items()}
-    copies = copied_entries(model.family, model.config, shapes)
+    copies = list_copies(model.family, model.config, shapes)
     own = {entry.published for entry in entries_of(model)}
     assert own.isdisjoint(copy.published for copy in copies)
     assert len(copies) == 2 * len(model.config.mtp.blocks)

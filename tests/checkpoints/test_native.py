@@ -171,7 +171,11 @@ PLANTED = {
         {"class": "RopeConfig"},
         "feed_forward.theta is missing",
     ),
-    "missing field": (*ATTENTION, {"kv_rank": REMOVED}, r"attention.kv_rank is missing: every"),
+    "missing field": (
+        *ATTENTION,
+        {"kv_rank": REMOVED},
+        r"attention.kv_rank is missing: a file holds every",
+    ),
     "missing field with a default": (*MOE, {"clamp": REMOVED}, "feed_forward.clamp is missing"),
     "further field": (*MOE, {"jitter": 0.1}, "feed_forward.jitter is no field of a MoEConfig"),
     "a string for a number": (
@@ -287,7 +291,7 @@ def model_configs(draw):
 
 @given(model_configs())
 def test_what_is_spelled_out_is_read_as_the_same_description(config):
-    written = json.loads(json.dumps(native.spell_out(config)))
+    written = json.loads(json.dumps(native.write_config(config)))
     assert native.read_config(Fields(written)) == config
     assert every_field_is_written(written["model"], config)
 
@@ -307,13 +311,13 @@ def test_what_no_file_can_say_is_refused_before_anything_is_written(value, tmp_p
     config = model_config(gqa())
     layer = replace(config.layers[0], feed_forward=Strange(width=2, table=(value,)))
     with pytest.raises(ConfigError, match=r"ModelConfig.layers\[1\].feed_forward.table\[0\] = "):
-        native.spell_out(replace(config, layers=(config.layers[0], layer)))
+        native.write_config(replace(config, layers=(config.layers[0], layer)))
 
 
 def test_classes_must_be_named_and_are_then_read(tmp_path):
     config = model_config(gqa())
     layer = replace(config.layers[0], feed_forward=Strange(width=2, note="told to nobody"))
-    written = native.spell_out(replace(config, layers=(layer,)))
+    written = native.write_config(replace(config, layers=(layer,)))
     assert "note" not in written["model"]["layers"][0]["feed_forward"]
     with pytest.raises(ConfigError, match=r"'Strange' is no config of this package; load_model"):
         native.read_config(Fields(written))
@@ -344,7 +348,9 @@ def test_a_changed_published_model_says_which_fields_differ_and_is_written_nativ
             for name in ("gate", "up", "down"):
                 setattr(experts, name, torch.nn.Parameter(getattr(experts, name)[:kept].clone()))
             router.weight = torch.nn.Parameter(router.weight[:kept].clone())
-    with pytest.raises(CheckpointError, match=r"not what model.config describes: .* shape \[4, 42"):
+    with pytest.raises(
+        CheckpointError, match=r"the model differs from model.config: .* shape \[4, 42"
+    ):
         save_model(model, tmp_path / "x")
 
     def pruned(layer: LayerConfig) -> LayerConfig:

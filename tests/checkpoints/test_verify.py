@@ -184,7 +184,7 @@ def test_what_is_no_fault_is_a_note(tiny):
     assert len(notes) == 3
     assert "announces 1 MTP module(s) and the files hold none" in "".join(notes)
     assert "no tokenizer" in "".join(notes)
-    assert "routed_scaling_factr is not read; routed_scaling_factor would be" in "".join(notes)
+    assert "routed_scaling_factr is not read; did you mean routed_scaling_factor?" in "".join(notes)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -602,9 +602,9 @@ def test_describe_reads_headers_and_no_weights(pristine, command, tmp_path):
     for file in shards_of(path):
         content = file.read_bytes()
         header = 8 + int.from_bytes(content[:8], "little")
-        with file.open("r+b") as hollow:  # the same length, with nothing in it
-            hollow.truncate(header)
-            hollow.truncate(len(content))
+        with file.open("r+b") as build_on_meta:  # the same length, with nothing in it
+            build_on_meta.truncate(header)
+            build_on_meta.truncate(len(content))
     assert command("describe", path, "--json", "--tensors") == expected
     assert expected[0] == 0
 

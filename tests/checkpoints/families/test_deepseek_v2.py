@@ -9,12 +9,12 @@ from layouts import fused
 from published import TINY_YARN, difference, modern, partners_of_the_first, with_frequencies
 from traps import (
     biases_in_a_layer,
+    build_on_meta,
     check_gate_comes_first,
     check_refused,
     check_router_precision,
     check_routing,
     experts_of,
-    hollow,
     pair,
     read,
 )
@@ -204,7 +204,7 @@ def test_old_and_new_spelling_describe_the_same_model(published):
 
 @pytest.mark.parametrize("published", [V2, V2_LITE], ids=["V2", "V2-Lite"])
 def test_trap_01_yarn_multiplies_the_softmax_scale_once(published):
-    model = hollow(published, num_hidden_layers=1)
+    model = build_on_meta(published, num_hidden_layers=1)
     assert model.layers[0].attention.scale == pytest.approx(1.589626 / 192**0.5, rel=1e-6)
     rope = model.config.layers[0].attention.rope
     assert rope.softmax_multiplier == pytest.approx(1.589626, abs=5e-7)
@@ -275,7 +275,7 @@ def test_trap_27_shared_experts_are_one_of_their_summed_width(published, width):
 
 @every_release
 def test_trap_41_norms_inside_the_attention_keep_their_own_epsilon(published):
-    model = hollow(published, num_hidden_layers=1, rms_norm_eps=1e-5)
+    model = build_on_meta(published, num_hidden_layers=1, rms_norm_eps=1e-5)
     attention = model.layers[0].attention
     inner = [attention.kv_norm] + ([attention.q.norm] if published["q_lora_rank"] else [])
     assert {norm.epsilon for norm in inner} == {1e-6}
@@ -318,4 +318,4 @@ def test_limited_groups_must_be_given(tmp_path, key):
 @pytest.mark.parametrize(("published", "nbytes"), [(V2, 69_120), (V2_LITE, 31_104)])
 def test_the_cache_holds_what_is_published_per_token(published, nbytes):
     with torch.device("meta"):
-        assert hollow(published).to(torch.bfloat16).make_cache(1, 1).nbytes == nbytes
+        assert build_on_meta(published).to(torch.bfloat16).make_cache(1, 1).nbytes == nbytes

@@ -10,6 +10,7 @@ from traps import (
     V3_EXPERTS,
     YARN,
     biases_in_a_layer,
+    build_on_meta,
     check_bias_kept_wide,
     check_gate_comes_first,
     check_masked_groups,
@@ -19,7 +20,6 @@ from traps import (
     check_weights_without_the_bias,
     check_window,
     experts_of,
-    hollow,
     pair,
     read,
 )
@@ -224,7 +224,7 @@ def test_trap_29_the_rows_of_gate_come_first(tmp_path):
 
 
 def test_trap_45_queries_and_keys_are_normalised_head_by_head():
-    attention = hollow(DOTS, num_hidden_layers=1).layers[0].attention
+    attention = build_on_meta(DOTS, num_hidden_layers=1).layers[0].attention
     assert attention.q_norm.weight.shape == attention.k_norm.weight.shape == (128,)
 
 

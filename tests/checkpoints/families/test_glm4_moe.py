@@ -9,6 +9,7 @@ from traps import (
     V3_EXPERTS,
     YARN,
     biases_in_a_layer,
+    build_on_meta,
     check_bias_kept_wide,
     check_embedding_comes_first,
     check_gate_comes_first,
@@ -20,7 +21,6 @@ from traps import (
     check_states_are_normed,
     check_weights_without_the_bias,
     experts_of,
-    hollow,
     pair,
     read,
 )
@@ -291,7 +291,7 @@ def test_trap_29_the_rows_of_gate_come_first(tmp_path):
 
 
 def test_trap_45_queries_and_keys_are_normalised_head_by_head():
-    attention = hollow(GLM, num_hidden_layers=1, first_k_dense_replace=1).layers[0].attention
+    attention = build_on_meta(GLM, num_hidden_layers=1, first_k_dense_replace=1).layers[0].attention
     assert attention.q_norm.weight.shape == attention.k_norm.weight.shape == (128,)
 
 

@@ -10,6 +10,7 @@ from traps import (
     V3_EXPERTS,
     YARN,
     biases_in_a_layer,
+    build_on_meta,
     check_bias_kept_wide,
     check_embedding_comes_first,
     check_gate_comes_first,
@@ -21,7 +22,6 @@ from traps import (
     check_states_are_normed,
     check_weights_without_the_bias,
     experts_of,
-    hollow,
     pair,
     read,
 )
@@ -207,10 +207,10 @@ def test_what_the_family_does_not_have_is_refused(tmp_path, key, value):
 def test_trap_01_yarn_multiplies_the_softmax_scale_once():
     scaling = {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}
     scaling["original_max_position_embeddings"] = 4096
-    model = hollow(FLASH, rope_scaling=scaling, num_hidden_layers=1)
+    model = build_on_meta(FLASH, rope_scaling=scaling, num_hidden_layers=1)
     assert model.layers[0].attention.scale == pytest.approx(1.873854 / 16, rel=1e-6)
     assert model.config.layers[0].attention.rope.amplitude == 1.0
-    assert hollow(FLASH, num_hidden_layers=1).layers[0].attention.scale == 1 / 16
+    assert build_on_meta(FLASH, num_hidden_layers=1).layers[0].attention.scale == 1 / 16
 
 
 def test_trap_04_neighbours_are_rotated_unless_the_config_says_otherwise():
@@ -277,7 +277,7 @@ def test_trap_41_the_norms_of_the_latents_have_an_epsilon_of_their_own():
 def test_trap_46_biases_are_on_the_compressions_and_the_output(tmp_path):
     peer, _ = pair(tmp_path, "glm4_moe_lite", SIZES | {"attention_bias": True})
     assert biases_in_a_layer(peer) == {"q_a_proj", "kv_a_proj_with_mqa", "o_proj"}
-    attention = hollow(FLASH, attention_bias=True, num_hidden_layers=1).layers[0].attention
+    attention = build_on_meta(FLASH, attention_bias=True, num_hidden_layers=1).layers[0].attention
     biased = {name for name, _ in attention.named_parameters() if name.endswith("bias")}
     assert biased == {"q.compress.bias", "kv_compress.bias", "o.bias"}
 

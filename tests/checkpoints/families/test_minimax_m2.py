@@ -8,6 +8,7 @@ from traps import (
     ROPE,
     TINY,
     YARN,
+    build_on_meta,
     check_bias_kept_wide,
     check_gate_and_up,
     check_gate_comes_first,
@@ -16,7 +17,6 @@ from traps import (
     check_routing,
     check_weights_without_the_bias,
     experts_of,
-    hollow,
     pair,
     read,
 )
@@ -198,6 +198,6 @@ def test_trap_30_w1_is_gate_and_w3_is_up(tmp_path):
 
 
 def test_trap_45_queries_and_keys_are_normalised_over_all_heads_at_once():
-    attention = hollow(M2, num_hidden_layers=1).layers[0].attention
+    attention = build_on_meta(M2, num_hidden_layers=1).layers[0].attention
     assert attention.q_norm.weight.shape == (48 * 128,)
     assert attention.k_norm.weight.shape == (8 * 128,)

@@ -8,11 +8,11 @@ from traps import (
     ROPE,
     TINY,
     YARN,
+    build_on_meta,
     check_gate_comes_first,
     check_refused,
     check_router_precision,
     check_routing,
-    hollow,
     pair,
     read,
 )
@@ -142,6 +142,6 @@ def test_trap_29_the_rows_of_gate_come_first(tmp_path):
 
 
 def test_trap_45_queries_and_keys_are_normalised_over_all_heads_at_once():
-    attention = hollow(OLMOE, num_key_value_heads=4).layers[0].attention
+    attention = build_on_meta(OLMOE, num_key_value_heads=4).layers[0].attention
     assert attention.q_norm.weight.shape == (16 * 128,)
     assert attention.k_norm.weight.shape == (4 * 128,)

@@ -28,7 +28,7 @@ from checkpoints.storage.quantized import (
     unpack_integers,
 )
 from checkpoints.storage.shards import Shards, StoredTensor, open_shards
-from checkpoints.storage.weights import check_method, weights_of
+from checkpoints.storage.weights import check_method, find_weights
 
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 sizes, edges, seeds = st.integers(1, 13), st.integers(1, 7), st.integers(0, 10**6)
@@ -452,7 +452,7 @@ def test_all_ways_of_storing_in_one_checkpoint_with_the_scales_in_another_file(t
         second |= {name: tensors[name] for name in others}
     write(tmp_path, first, second)
     with open_shards(tmp_path) as shards:
-        weights, problems = weights_of(shards, MIXED)
+        weights, problems = find_weights(shards, MIXED)
         assert problems == []
         assert len(weights) == len(all_ways())
         for tensors, expected, words in all_ways():
@@ -478,7 +478,7 @@ def test_nothing_is_read_before_it_is_asked_for():
     shards = described(packed("p", 3, 12) | {"a.weight": noise(4, 3)})
     asked, read = [], shards.read
     shards.read = lambda name: asked.append(name) or read(name)
-    weights, _ = weights_of(shards, LINEAR)
+    weights, _ = find_weights(shards, LINEAR)
     assert weights["p.weight"].stored_as == "INT4 in groups of 32"
     assert asked == []
     assert weights["p.weight"].shape == weights["p.weight"].shape == (3, 12)
@@ -505,7 +505,7 @@ def test_the_config_group_is_chosen_by_its_targets(targets, others, chosen):
     groups = group(*targets), group(*others, num_bits=8, group_size=16)
     quantization = compressed(*groups, ignore=["re:.*experts.*"])  # which is not believed
     check_method(quantization)
-    weights, problems = weights_of(shards := described(tensors), quantization)
+    weights, problems = find_weights(shards := described(tensors), quantization)
     assert problems == []
     made = weights["layers.3.experts.7.up.weight"].read(shards, torch.float32, "cpu")
     assert torch.equal(made, unpacked(tensors, bits, size))
@@ -514,7 +514,7 @@ def test_the_config_group_is_chosen_by_its_targets(targets, others, chosen):
 def test_groups_about_activations_only_are_passed_over():
     silent = {"targets": ["Linear"], "weights": None, "input_activations": {"num_bits": 8}}
     check_method(quantization := compressed(silent, group("Linear")))
-    weights, problems = weights_of(described(packed("up", 3, 64)), quantization)
+    weights, problems = find_weights(described(packed("up", 3, 64)), quantization)
     assert list(weights) == ["up.weight"]
     assert problems == []
 
@@ -524,7 +524,7 @@ def test_integers_may_have_a_scale_per_channel(bits):
     tensors = packed("up", 5, 18, bits, size=18)
     per_channel = group("Linear", num_bits=bits, strategy="channel", group_size=-1)
     check_method(quantization := compressed(per_channel))
-    weights, problems = weights_of(shards := described(tensors), quantization)
+    weights, problems = find_weights(shards := described(tensors), quantization)
     assert problems == []
     assert weights["up.weight"].stored_as == f"INT{bits} per channel"
     made = weights["up.weight"].read(shards, torch.float32, "cpu")
@@ -544,13 +544,13 @@ def test_integers_may_have_a_scale_per_channel(bits):
 )
 def test_the_block_of_fp8_weights_is_the_one_stated(quantization, scale, words):
     tensors = {"up.weight": fp8(130, 200), "up.weight_scale_inv": scale}
-    weights, problems = weights_of(described(tensors), quantization)
+    weights, problems = find_weights(described(tensors), quantization)
     assert problems == []
     assert weights["up.weight"].stored_as == words
 
 
 UP, BIG = packed("up", 5, 64), fp8(576, 200)
-UNLIKE = "is not supported beside"
+UNLIKE = "is not supported with"
 
 
 def a(weight=BIG, **parts: torch.Tensor) -> dict:
@@ -567,8 +567,11 @@ def up(**parts: torch.Tensor | None) -> dict:
 
 
 PROBLEMS = [  # the tensors, and how the sentence goes on after the file; ~ is anything
-    (a(), "a.weight is F8_E4M3 and no file holds a.weight_scale_inv or a.weight_scale; raw"),
-    ({"x": BIG}, "x is F8_E4M3 and no file holds x_scale_inv or x_scale; raw"),
+    (
+        a(),
+        "a.weight is F8_E4M3 and no file holds a.weight_scale_inv or a.weight_scale; without its",
+    ),
+    ({"x": BIG}, "x is F8_E4M3 and no file holds x_scale_inv or x_scale; without its"),
     (a(scale_inv=scales(4, 2)), "a.weight_scale_inv is F32 [4, 2], expected ~[5, 2] in blocks of"),
     (a(scale_inv=scales(2, 5)), "a.weight_scale_inv is F32 [2, 5], expected ~ of 128 x 128 of a"),
     (a(scale_inv=scales(1)), "a.weight_scale_inv is F32 [1], expected ~: [5, 2] in ~; download"),
@@ -577,14 +580,20 @@ PROBLEMS = [  # the tensors, and how the sentence goes on after the file; ~ is a
     (a(scale=scales(5, 2)), "a.weight_scale is F32 ~; add its block size to config.json or"),
     (a(fp8(9), scale=scales(1)), "a.weight is F8_E4M3 [9], expected a matrix; convert"),
     (a(BIG[:, :0], scale=scales(1)), "a.weight is F8_E4M3 [576, 0], expected a matrix; convert"),
-    (a(scale_inv=scales(5, 2), scale=scales(1)), f"a.weight_scale {UNLIKE} a.weight as FP8 in"),
-    (a(noise(3, 3), scale_inv=scales(1, 1)), f"a.weight_scale_inv {UNLIKE} a.weight as F32;"),
+    (
+        a(scale_inv=scales(5, 2), scale=scales(1)),
+        f"a.weight_scale {UNLIKE} a.weight stored as FP8 in",
+    ),
+    (
+        a(noise(3, 3), scale_inv=scales(1, 1)),
+        f"a.weight_scale_inv {UNLIKE} a.weight stored as F32;",
+    ),
     (a(BIG.to(torch.float8_e5m2)), "a.weight is F8_E5M2, expected F64, F32, F16, BF16, F8_E4M3;"),
     (a(BIG.char(), scale=scales(576, 1)), "a.weight is I8, expected F64, F32, F16, BF16, F8_E4M3"),
-    ({"a.weight_scale_inv": ROWS}, "a.weight_scale_inv is there without the weight a.weight;"),
-    ({"a.weight_scale": ROWS}, "a.weight_scale is there without the weight a.weight; download"),
-    ({"x_scale_inv": STACK_SCALE}, "x_scale_inv is there without the weight x; download"),
-    ({"a.weight_shape": ROWS}, "a.weight_shape is there without the weight a.weight; download"),
+    ({"a.weight_scale_inv": ROWS}, "a.weight_scale_inv is present without a.weight;"),
+    ({"a.weight_scale": ROWS}, "a.weight_scale is present without a.weight; download"),
+    ({"x_scale_inv": STACK_SCALE}, "x_scale_inv is present without x; download"),
+    ({"a.weight_shape": ROWS}, "a.weight_shape is present without a.weight; download"),
     (up(scale=None), "up.weight_packed needs up.weight_scale, which is in no file; download"),
     (up(shape=None), "up.weight_packed needs up.weight_shape, which is in no file; download"),
     (up(scale=scales(5, 4)), "up.weight_scale is F32 [5, 4], expected F32 or ~ [5, 2]; download"),
@@ -593,36 +602,45 @@ PROBLEMS = [  # the tensors, and how the sentence goes on after the file; ~ is a
     (up(packed=random_words(2, 5, 8)), "up.weight_packed is I32 [2, 5, 8], expected I32 [any,"),
     (up(packed=random_words(5, 0)), "up.weight_packed is I32 [5, 0], expected I32 [any, any];"),
     (up(shape=torch.tensor([1, 5, 64])), "up.weight_shape is I64 [3], expected I64 or I32 [2];"),
-    (up() | {"up.weight": M.float()}, f"up.weight {UNLIKE} up.weight_packed as INT4 in groups of"),
-    (up(zero_point=random_words(1, 2)), f"up.weight_zero_point {UNLIKE} up.weight_packed as INT4"),
-    (up(g_idx=random_words(64)), f"up.weight_g_idx {UNLIKE} up.weight_packed as INT4 in groups of"),
+    (
+        up() | {"up.weight": M.float()},
+        f"up.weight {UNLIKE} up.weight_packed stored as INT4 in groups of",
+    ),
+    (
+        up(zero_point=random_words(1, 2)),
+        f"up.weight_zero_point {UNLIKE} up.weight_packed stored as INT4",
+    ),
+    (
+        up(g_idx=random_words(64)),
+        f"up.weight_g_idx {UNLIKE} up.weight_packed stored as INT4 in groups of",
+    ),
     (up(packed=random_bytes(5, 32), global_scale=noise(1)), "up.weight_packed is U8, as in NVFP4"),
     (x(X[..., :15], X_SCALE), "x_blocks is U8 [2, 6, 3, 15], expected U8 [any, any, any, 16];"),
     (x(X[0], X_SCALE[0]), "x_blocks is U8 [6, 3, 16], expected U8 [any, any, any, 16]; download"),
     (x(X, X_SCALE[..., :2]), "x_scales is U8 [2, 6, 2], expected U8 [2, 6, 3]; download"),
     (x(X, X_SCALE.float()), "x_scales is F32 [2, 6, 3], expected U8 [2, 6, 3]; download"),
     ({"x_blocks": X}, "x_blocks needs x_scales, which is in no file; download"),
-    ({"x_scales": X_SCALE}, "x_scales is there without the weight x; download"),
-    (x(X, X_SCALE) | {"x": M.float()}, f"x {UNLIKE} x_blocks as MXFP4; convert"),
+    ({"x_scales": X_SCALE}, "x_scales is present without x; download"),
+    (x(X, X_SCALE) | {"x": M.float()}, f"x {UNLIKE} x_blocks stored as MXFP4; convert"),
 ]
 
 
 @pytest.mark.parametrize(("tensors", "said"), PROBLEMS)
 def test_what_is_wrong_with_a_weight_is_told_in_one_sentence(tensors, said):
     sound = packed("sound", 3, 64)
-    weights, problems = weights_of(described(sound | tensors), LINEAR)
+    weights, problems = find_weights(described(sound | tensors), LINEAR)
     assert list(weights) == ["sound.weight"]
     (problem,) = problems
     pattern = re.escape(said).replace("\\~", ".*")
     assert re.match(f"1.safetensors: {pattern}", problem)
     _, advice = problem.split("; ")
-    assert advice.startswith(("download", "convert", "raw it means nothing: find", "add its block"))
+    assert advice.startswith(("download", "convert", "without its scale", "add its block"))
 
 
 def test_all_problems_are_told_at_once_with_their_files(tmp_path):
     write(tmp_path, up(zero_point=random_words(1, 2)) | a(), {"x_blocks": X} | {"y.weight": M})
     with open_shards(tmp_path) as shards:
-        weights, problems = weights_of(shards, LINEAR)
+        weights, problems = find_weights(shards, LINEAR)
     assert weights == {}
     assert sorted(" ".join(problem.split(" ")[:2]) for problem in problems) == [
         f"{tmp_path}/model-1.safetensors: a.weight",
@@ -638,7 +656,7 @@ ELSEWHERE = compressed(group("lm_head"), group("re:experts"))
 
 @pytest.mark.parametrize("quantization", [None, BLOCKS, compressed(), ELSEWHERE, FLOATS])
 def test_packed_weights_need_a_config_group_that_targets_them(quantization):
-    weights, (problem,) = weights_of(described(UP), quantization)
+    weights, (problem,) = find_weights(described(UP), quantization)
     assert weights == {}
     assert "up.weight_packed: no config group of integers in config.json targets up; add" in problem
 
@@ -646,7 +664,7 @@ def test_packed_weights_need_a_config_group_that_targets_them(quantization):
 @pytest.mark.parametrize("shape", [[5, 65], [5, 56], [4, 64], [5, 0], [5, -64], [64, 5]])
 def test_a_packed_shape_that_does_not_fit_the_words_is_told_when_it_is_read(shape):
     shards = described(up(shape=torch.tensor(shape)))
-    weights, problems = weights_of(shards, LINEAR)
+    weights, problems = find_weights(shards, LINEAR)
     assert problems == []
     said = re.escape(f"1.safetensors: up.weight_shape holds {shape}, expected 5 and a number")
     with pytest.raises(CheckpointError, match=said):
@@ -718,7 +736,7 @@ any_tensor = st.builds(torch.ones, any_shape, dtype=st.sampled_from(DTYPES))
 @given(st.dictionaries(any_name, any_tensor, min_size=1, max_size=6), st.booleans())
 def test_any_headers_give_weights_that_can_be_read_or_problems(tensors, linear):
     shards = described(tensors)
-    weights, problems = weights_of(shards, LINEAR if linear else BLOCKS)
+    weights, problems = find_weights(shards, LINEAR if linear else BLOCKS)
     assert weights or problems
     for weight in weights.values():
         if weight.stored_as.startswith("INT"):  # 1 x 1 by the data
@@ -749,7 +767,7 @@ def test_any_accepted_config_can_be_used(data):
     except CheckpointError:
         return
     tensors = UP | {"q.weight": M, "q.weight_scale": scales(5, 3)} | a(M, scale_inv=SCALE)
-    weights, problems = weights_of(shards := described(tensors), quantization)
+    weights, problems = find_weights(shards := described(tensors), quantization)
     assert len(weights) + len(problems) == 3
     for name, weight in weights.items():
         if name != "up.weight" or weight.stored_as.startswith("INT4"):

@@ -96,7 +96,7 @@ def test_an_index_cannot_name_anything_but_a_weight_file_beside_it(tiny, name):
         ("{}", "has no weight_map"),
         ('{"weight_map": []}', "has no weight_map"),
         ('{"weight_map": {"x": 3}}', "has no weight_map"),
-        ('{"weight_map": {"x": "a.safetensors", "x": "b.safetensors"}}', "'x' stands twice"),
+        ('{"weight_map": {"x": "a.safetensors", "x": "b.safetensors"}}', "'x' occurs twice"),
         ('{"weight_map": {', "not JSON"),
     ],
 )

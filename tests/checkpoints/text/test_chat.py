@@ -422,10 +422,12 @@ def test_the_template_is_in_its_file_or_in_the_tokenizer_config(tmp_path):
     edit_json(path / "tokenizer_config.json", chat_template=NAMED_TEMPLATES)
     assert said_by(path) == said_by(path, "default") == "one"
     assert said_by(path, "tool_use") == "tools"
-    with pytest.raises(CheckpointError, match="no chat template named rag; there is tool_use, def"):
+    with pytest.raises(
+        CheckpointError, match="no chat template named rag; it has tool_use, default"
+    ):
         said_by(path, "rag")
     edit_json(path / "tokenizer_config.json", chat_template=NAMED_TEMPLATES[:1])
-    with pytest.raises(CheckpointError, match="no chat template named default; there is tool_use"):
+    with pytest.raises(CheckpointError, match="no chat template named default; it has tool_use"):
         said_by(path)
 
 
