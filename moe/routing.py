@@ -213,7 +213,7 @@ class TopK(LinearRouterConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TopP(LinearRouterConfig):
-    """Each token uses its likeliest experts, as many as reach a probability mass together.
+    """Each token uses its most likely experts, as many as reach a probability mass together.
 
     Huang et al. 2024, "Harder Tasks Need More Experts in MoE Models", section 3.2: a token that is
     sure of an expert uses one, others use more. Weights are the probabilities, not normalised.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from outside import CosineRouterConfig, DecayConfig, SquaredConfig
 from shapes import checked_shapes
 from tiny import (
     VARIED,
@@ -17,13 +18,18 @@ from tiny import (
     grouped_experts,
     mla,
     model_config,
+    modules,
     random_tokens,
     rope,
+    sized,
     transformer,
 )
 
 from modeling import LayerConfig, mtp_loss, next_token_loss
 from moe import (
+    ExpertChoice,
+    MoEConfig,
+    TopP,
     expert_balance_loss,
     expert_load,
     record_routing,
@@ -59,15 +65,35 @@ def run_everything(model) -> None:
         updated_selection_bias(torch.zeros_like(load_E), load_E, 1e-3)
 
 
+def layers_of(attention, *routers):
+    """One sparse layer for each router."""
+    kinds = [MoEConfig(router=router, expert_width=6) for router in routers]
+    return tuple(LayerConfig(attention=attention, feed_forward=kind) for kind in kinds)
+
+
 STRETCHED = rope(width=6, yarn=YARN)
 EVEN = LayerConfig(
     attention=mla(), feed_forward=grouped_experts(expert_width=8, expert_biases=True)
+)
+ROUTERS = layers_of(
+    gqa(),
+    TopP(num_experts=5, mass=0.6, max_experts=4),
+    ExpertChoice(num_experts=5, capacity=1.5),
+)
+OUTSIDE = (
+    *layers_of(
+        DecayConfig(num_heads=2, head_width=3),
+        CosineRouterConfig(num_experts=5, slots=3, least_cosine=-0.1),
+    ),
+    LayerConfig(attention=gqa(window=3), feed_forward=SquaredConfig(width=7, leak=0.1)),
 )
 MODELS = {
     "mla": transformer(model_config(mla(), mtp=2)),
     "mla with yarn": transformer(model_config(mla(query_rank=None, rope=STRETCHED), mtp=1)),
     "gqa": transformer(model_config(gqa(), mtp=3)),
     "grouped": transformer(model_config(gqa(), d_model=12, layers=(EVEN,)), torch.float32),
+    "routers with empty slots": transformer(sized(layers=ROUTERS, mtp=modules(ROUTERS, 2))),
+    "recurrent state": transformer(sized(layers=OUTSIDE, mtp=modules(OUTSIDE[:1], 1))),
     **{name: transformer(config(mtp=2)) for name, config in VARIED.items()},
 }
 

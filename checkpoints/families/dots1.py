@@ -33,7 +33,7 @@ def read_config(fields: Fields) -> ModelConfig:
 
 
 def read_windows(fields: Fields) -> list[int | None]:
-    """Windows from layer max_window_layers on: in the release that is behind the last one."""
+    """Layers from max_window_layers on have a window; in the release there are none of them."""
     count = llama.num_layers(fields)
     window = fields.optional_integer("sliding_window")
     first = fields.integer("max_window_layers", default=count, at_least=0)

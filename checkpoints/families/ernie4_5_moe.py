@@ -1,9 +1,9 @@
 """ERNIE-4.5-MoE: interleaved rope, softmax routing with a selection bias, tied embeddings.
 
-The smaller model has an MTP module with a dense block, under names that count modules from 0. Its
-makers' training code puts the main model's final norm behind it, and so does this; vLLM puts none.
-The same code hands the module the main model's raw state and their serving code the normed one,
-which is the default here as elsewhere.
+The smaller model has an MTP module with a dense block, under names that count modules from 0. The
+publisher's training code applies the main model's final norm after it, and so does this code; vLLM
+applies none. In the training code the module reads the main model's raw state, and in the
+publisher's serving code the normed one, which is the default here as in the other families.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from .deepseek import dense, dense_and_sparse, mtp_modules
 
 
 def read_config(fields: Fields) -> ModelConfig:
-    """use_bias, which no release sets and which would be everywhere, is not known here."""
+    """use_bias, which would add biases to all layers and which no release sets, is refused."""
     fields.require_flag("use_bias", False)
     fields.choice("moe_gate_act", known=["softmax"], default="softmax")
     rope = llama.rope_config(fields, llama.head_width(fields), theta=5e5, layout="interleaved")

@@ -1,4 +1,4 @@
-"""FlexOlmo: an OLMoE whose norms stand behind attention and experts instead of before them."""
+"""FlexOlmo: OLMoE with norms after attention and experts instead of before them."""
 
 from modeling import LayerConfig, ModelConfig
 
@@ -18,8 +18,8 @@ def read_config(fields: Fields) -> ModelConfig:
     return llama.model_config(fields, [layer] * llama.num_layers(fields))
 
 
-# post_attention_layernorm is what it says here; in the pre-norm families of the same lineage it
-# stands before the feed-forward layer
+# post_attention_layernorm comes after attention here; in the pre-norm families of the same lineage
+# it comes before the feed-forward layer
 NORMS = llama.make_rules(
     {
         "attention_output_norm.weight": "post_attention_layernorm.weight",

@@ -15,7 +15,7 @@ from . import llama
 
 
 def read_config(fields: Fields) -> ModelConfig:
-    if llama.rope_section(fields) is None:  # where transformers would stretch rope 32 times
+    if llama.rope_section(fields) is None:  # transformers then scales rope by 32
         raise ConfigError("rope_scaling or rope_parameters is missing")
     bias = fields.flag("attention_bias", default=True)
     attention = llama.grouped_query(

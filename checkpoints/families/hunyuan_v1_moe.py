@@ -1,4 +1,4 @@
-"""Hunyuan-A13B: q/k norms after rope, rope's base stretched once and for all, a shared expert."""
+"""Hunyuan-A13B: q/k norms after rope, rope with a larger constant base, a shared expert."""
 
 from modeling import LayerConfig, ModelConfig, RopeConfig
 from moe import ConfigError, MoEConfig, TopK
@@ -34,7 +34,7 @@ def read_config(fields: Fields) -> ModelConfig:
 
 
 def experts(fields: Fields) -> list[MoEConfig]:
-    """The numbers of a layer's experts may be one for all layers, or a list."""
+    """The sizes of the experts are one number for all layers, or a list with one per layer."""
     count = llama.num_layers(fields)
     # transformers gives this width to all experts; the release says the same in both places
     width = fields.integer("intermediate_size")

@@ -1,7 +1,7 @@
 """Kimi-K2.5 and K2.6: the text model of a multimodal file, which is a Kimi-K2.
 
-The text's config stands under `text_config`; its tensors have a prefix; those of the vision tower
-and its projector are left alone.
+The config of the text model is in `text_config`, and its tensors have a prefix. The tensors of the
+vision tower and its projector are not loaded.
 """
 
 from dataclasses import replace
@@ -28,8 +28,8 @@ def read_config(fields: Fields) -> ModelConfig:
         raise ConfigError("text_config is missing")
     fields.parts.append(text)
     text.choice("model_type", known=["kimi_k2", "deepseek_v3"])
-    # tie_word_embeddings beside text_config is a default of the multimodal class: the text's own
-    # says what is so, and its files hold a head
+    # tie_word_embeddings outside text_config is a default of the multimodal class; the one inside
+    # text_config is right, and the files hold a head
     fields.has("tie_word_embeddings", "vision_config")
     config = read_text_config(text)
     count = len(config.mtp.blocks)

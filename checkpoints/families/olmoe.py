@@ -9,7 +9,7 @@ from . import llama
 
 
 def read_config(fields: Fields) -> ModelConfig:
-    """clip_qkv, which no release sets, is not known here and refused."""
+    """clip_qkv, which no release sets, is refused."""
     layer = LayerConfig(attention=attention(fields, 1e4), feed_forward=experts(fields))
     return llama.model_config(fields, [layer] * llama.num_layers(fields))
 

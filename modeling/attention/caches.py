@@ -26,7 +26,7 @@ class EntryCache(LayerCache):
     def append(
         self, *new_BTW: Tensor, counts: Sequence[int] | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Write new entries behind each row's end.
+        """Write new entries after the end of each row.
 
         counts: how many of the T are real, row by row; None: all.
         Returns the entries to attend to, (B, S, W) for each of `new_BTW`, and their positions,
@@ -106,8 +106,8 @@ def positions_in(slots_C: Tensor, length_B1: Tensor) -> Tensor:
     return last_B1 - (last_B1 - slots_C) % max(1, len(slots_C))
 
 
-# Runs a recurrence over inputs (B, L, ...) from states (B, ...): its outputs (B, L, ...) and the
-# states behind them. Where real_BL is False an input is zero and must leave the states as they are.
+# Runs a recurrence over inputs (B, L, ...) from states (B, ...); returns outputs (B, L, ...) and
+# the states after them. Where real_BL is False, the input is zero and must not change the states.
 Recurrence = Callable[[list[Tensor], list[Tensor], Tensor], tuple[Tensor, list[Tensor]]]
 
 
@@ -139,7 +139,7 @@ class StateCache(LayerCache):
     def append(
         self, run: Recurrence, *new_BT: Tensor, counts: Sequence[int] | None = None
     ) -> Tensor:
-        """Run new inputs, (B, T, ...) each, behind each row's end; returns outputs (B, T, ...).
+        """Run new inputs, (B, T, ...) each, after the end of each row; returns outputs (B, T, ...).
 
         counts: how many of the T are real, row by row; None: all.
         """
@@ -171,11 +171,9 @@ class StateCache(LayerCache):
             return y_old
         y_recent, _ = run(states, held, real_BR)
         place_BT = R + place_L[:T].expand(B, T)
-        behind_BT = T + (place_BT - counts_B1).clamp(0, R - 1)
-        (y_BT,) = gather_places(
-            [torch.cat([y_old, y_recent], dim=1)], place_BT.where(place_BT < counts_B1, behind_BT)
-        )
-        return y_BT
+        recent_place_BT = T + (place_BT - counts_B1).clamp(0, R - 1)
+        place_BT = place_BT.where(place_BT < counts_B1, recent_place_BT)
+        return gather_places([torch.cat([y_old, y_recent], dim=1)], place_BT)[0]
 
     def truncate(self, lengths: Sequence[int]) -> None:
         self.check_truncation(lengths)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shutil
 
 import pytest
@@ -10,6 +11,10 @@ from files import tensors_of
 from safetensors.torch import load_file
 
 from checkpoints import load_model, load_tokenizer
+from checkpoints.families import native
+from modeling import GQAConfig, LayerConfig, ModelConfig, MTPConfig, RopeConfig, generate
+from moe import ExpertChoice, MoEConfig, TopK, TopP
+from moe.routing import LinearRouter
 from tools import corpus, held_out, training_state
 from tools.__main__ import main
 from tools.make_tiny import CONFIGS, write_tiny
@@ -148,6 +153,80 @@ def test_modules_of_a_model_without_any_are_refused(paths, tmp_path, capsys):
     assert train(paths, "none", *more) == 2
     assert "there are no MTP modules" in capsys.readouterr().err
     assert not (paths / "none").exists()
+
+
+def native_config(path, *routers, mtp=0):
+    """A file in our own format: a small model whose layers have these routers."""
+    attention = GQAConfig(num_heads=2, kv_heads=1, head_width=4, rope=RopeConfig(width=4))
+    kinds = [MoEConfig(router=router, expert_width=8) for router in routers]
+    layers = tuple(LayerConfig(attention=attention, feed_forward=kind) for kind in kinds)
+    config = ModelConfig(
+        vocab_size=300, d_model=16, layers=layers, max_length=64, mtp=MTPConfig(blocks=layers[:mtp])
+    )
+    path.write_text(json.dumps(native.write_config(config)))
+    return path
+
+
+PLAIN_ROUTER = TopK(num_experts=4, top_k=2, scoring="softmax")
+
+
+@pytest.mark.parametrize(
+    ("router", "generates"),
+    [
+        (TopP(num_experts=5, mass=0.6, max_experts=3), True),
+        (ExpertChoice(num_experts=5, capacity=1.5), False),
+    ],
+)
+def test_routers_with_empty_slots_train(paths, tmp_path, capsys, router, generates):
+    path = native_config(tmp_path / "config.json", PLAIN_ROUTER, router, mtp=1)
+    out = f"empty slots {type(router).__name__}"
+    assert train(paths, out, "--config", str(path)) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert math.isfinite(report["held_out_bits_per_byte"])
+    assert ("draft_acceptance" in report) == generates
+    model = load_model(paths / out / "model", progress=False)
+    assert model.layers[1].feed_forward.config.router == router
+    if not generates:
+        with pytest.raises(
+            ValueError, match="layers.1.feed_forward.router routes each token by all"
+        ):
+            list(generate(model, [1, 2], 3))
+
+
+class RouterWithTemperature(LinearRouter):
+    """What a researcher's first change looks like: one more parameter."""
+
+    def __init__(self, d_model, config, biased):
+        super().__init__(d_model, config, biased)
+        self.temperature = torch.nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self, std=0.02):
+        super().reset_parameters(std)
+        if hasattr(self, "temperature"):
+            torch.nn.init.ones_(self.temperature)
+
+    def forward(self, x_ND):
+        return super().forward(x_ND * self.temperature)
+
+
+def test_a_new_parameter_is_refused_before_the_first_step_and_trained_in_our_format(
+    paths, monkeypatch, capsys
+):
+    def build(self, d_model):
+        return RouterWithTemperature(d_model, self, self.selection_bias)
+
+    monkeypatch.setattr(TopK, "build", build)
+    assert train(paths, "as published") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "no rule of the family maps layers.1.feed_forward.router.temperature, layers.2" in error
+    assert 'to="abacus"' in error
+    assert not list((paths / "as published").glob("step-*"))
+    assert not (paths / "as published" / "log.jsonl").exists()
+    assert train(paths, "in our format", "--to", "abacus") == 0
+    model = load_model(paths / "in our format" / "model", dtype=torch.float32, progress=False)
+    temperature = model.layers[1].feed_forward.router.temperature
+    assert temperature.item() != 1  # trained
 
 
 def test_a_short_held_out_text_is_enough(paths, tmp_path, capsys):
