@@ -95,10 +95,10 @@ class MultiHeadLatentAttention(nn.Module):
             (kept_BSW,), keys_BS = cache.append(kept_BSW, counts=step.counts)
         plain = plain_weight(self.kv_expand) is not None
         absorbing = plain and absorbing_pays(x_BTD.shape[1], kept_BSW.shape[1], c)
-        form = self.absorbed if absorbing else self.expanded
+        form = self.attend_absorbed if absorbing else self.attend_expanded
         return self.o(form(q_BTHP, q_BTHR, kept_BSW, step, keys_BS).flatten(2))
 
-    def expanded(
+    def attend_expanded(
         self,
         q_BTHP: Tensor,
         q_BTHR: Tensor,
@@ -117,7 +117,7 @@ class MultiHeadLatentAttention(nn.Module):
         y_BHTM = attend(q_BHTp, k_BHSp, v_BHSM, step, keys_BS, self.scale)
         return y_BHTM.transpose(1, 2)
 
-    def absorbed(
+    def attend_absorbed(
         self,
         q_BTHP: Tensor,
         q_BTHR: Tensor,
@@ -131,7 +131,7 @@ class MultiHeadLatentAttention(nn.Module):
         kept entries (of the result only the latent part is used): one fast kernel, no copies.
         """
         c, weight_hC = self.config, plain_weight(self.kv_expand)
-        assert weight_hC is not None, "kv_expand is more than its weight: call `expanded`"
+        assert weight_hC is not None, "kv_expand is more than its weight: call `attend_expanded`"
         weight_HmC = rearrange(weight_hC, "(H m) C -> H m C", H=c.num_heads)
         w_uk_HPC, w_uv_HMC = weight_HmC.split([c.nope_width, c.value_width], dim=1)
         q_BTHC = torch.einsum("BTHP,HPC->BTHC", q_BTHP, w_uk_HPC)

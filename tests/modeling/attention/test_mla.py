@@ -71,7 +71,7 @@ def test_expanded_and_absorbed_agree(config, starts, num_new, seed):
     keys_BS = torch.arange(S)[None] if any(starts) else None
     expanded, absorbed = (
         form(q_BTHP, q_BTHR, kept_BSW, positions, keys_BS)
-        for form in (module.expanded, module.absorbed)
+        for form in (module.attend_expanded, module.attend_absorbed)
     )
     assert expanded.shape == (B, T, c.num_heads, c.value_width)
     close(absorbed, expanded, 1e-10)
@@ -84,7 +84,7 @@ def test_what_lies_behind_a_rows_end_counts_in_neither_form():
     other_BSW = kept_BSW.clone()
     other_BSW[1, 3:] = 9.0
     positions, keys_BS = Step(torch.tensor([[4, 5], [1, 2]])), torch.arange(6)[None]
-    for form in (module.expanded, module.absorbed):
+    for form in (module.attend_expanded, module.attend_absorbed):
         before = form(q_BTHP, q_BTHR, kept_BSW, positions, keys_BS)
         close(form(q_BTHP, q_BTHR, other_BSW, positions, keys_BS), before, 1e-12)
 
@@ -198,7 +198,7 @@ def test_forward_follows_the_rule(pays, monkeypatch):
     monkeypatch.setattr(
         "modeling.attention.mla.absorbing_pays", lambda T, S, config: asked.append((T, S)) or pays
     )
-    for name in ("expanded", "absorbed"):
+    for name in ("attend_expanded", "attend_absorbed"):
         form = getattr(module, name)
         note = lambda *args, name=name, form=form: taken.append(name) or form(*args)  # noqa: E731
         monkeypatch.setattr(module, name, note)
@@ -206,7 +206,7 @@ def test_forward_follows_the_rule(pays, monkeypatch):
     module(noise(1, 5, D), from_start(5), cache)
     module(noise(1, 1, D), Step(torch.tensor([[5]])), cache)
     assert asked == [(5, 5), (1, 6)]
-    assert taken == ["absorbed" if pays else "expanded"] * 2
+    assert taken == ["attend_absorbed" if pays else "attend_expanded"] * 2
 
 
 def test_biases_stand_on_the_compressions_and_the_output_only():
