@@ -50,33 +50,39 @@ def load_model(
         for note in contents.notes:
             warnings.warn(note, stacklevel=2)
         state = read_entries(contents, shards, torch.device(device), dtype, progress)
-        for copy in contents.copies:
-            if read_if_different(copy, contents, shards, state[copy.ours[0]]) is not None:
-                message = (
-                    f"{copy.published} differs from the tensor it repeats and is not used; "
-                    "set mtp_own_embedding or mtp_own_head in config.json to use it"
-                )
-                warnings.warn(message, stacklevel=2)
-        model = contents.model
-        for entry in contents.heads:
-            if (
-                head := read_if_different(entry, contents, shards, state["embed.weight"])
-            ) is not None:
-                message = (
-                    f"{entry.published} differs from the embedding that config.json ties it to: "
-                    "used as it is stored"
-                )
-                warnings.warn(message, stacklevel=2)
-                embed = state["embed.weight"]
-                model, state["head.weight"] = (
-                    build_on_meta(untie_head(model.config)),
-                    head.to(embed),
-                )
+        warn_of_unused_copies(contents, shards, state)
+        model = untie_stored_head(contents, shards, state)
     state.setdefault("head.weight", state["embed.weight"])
     model.load_state_dict(state, strict=True, assign=True)
     if model.config.tied_embeddings:
         model.head.weight = model.embed.weight
     return model.requires_grad_(False).eval()
+
+
+def warn_of_unused_copies(contents: Contents, shards: Shards, state: dict[str, Tensor]) -> None:
+    """Warn of each tensor that should repeat one of ours and does not."""
+    for copy in contents.copies:
+        if read_if_different(copy, contents, shards, state[copy.ours[0]]) is not None:
+            message = (
+                f"{copy.published} differs from the tensor it repeats and is not used; "
+                "set mtp_own_embedding or mtp_own_head in config.json to use it"
+            )
+            warnings.warn(message, stacklevel=3)
+
+
+def untie_stored_head(contents: Contents, shards: Shards, state: dict[str, Tensor]) -> Transformer:
+    """The model on meta: untied, and its head in `state`, if a tied model stores another head."""
+    model, embedding = contents.model, state["embed.weight"]
+    for entry in contents.heads:
+        if (head := read_if_different(entry, contents, shards, embedding)) is not None:
+            message = (
+                f"{entry.published} differs from the embedding that config.json ties it to: "
+                "used as it is stored"
+            )
+            warnings.warn(message, stacklevel=3)
+            state["head.weight"] = head.to(embedding)
+            model = build_on_meta(untie_head(model.config))
+    return model
 
 
 def read_entries(
