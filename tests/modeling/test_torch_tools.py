@@ -37,6 +37,12 @@ from modeling import LayerConfig, Transformer, generate, generate_batch, mtp_los
 from moe import ExpertChoice, MoEConfig, TopK, TopP, record_routing
 from tools.make_tiny import CONFIGS
 
+# under vmap torch runs some operations one by one, or copies their inputs, and warns of it
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+    pytest.mark.filterwarnings("ignore:torch.searchsorted"),
+]
+
 
 def even_widths(attention=None, mtp=0):
     """Two sparse layers whose experts have rows of whole 16 bytes, in bfloat16 too."""
@@ -209,7 +215,6 @@ def test_a_compiled_sparse_layer_has_the_layers_outputs_and_gradients(router, wi
     all_close(found, expected, 1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @every_router
 @every_width
 @pytest.mark.parametrize("dtype", [*WIDE, torch.bfloat16], ids=str)
@@ -231,7 +236,6 @@ def check_gradients_by_element(mapped, looped):
         all_close({name: stack[i] for name, stack in mapped.items()}, expected, 1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @every_router
 @every_width
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
@@ -242,7 +246,6 @@ def test_gradients_of_a_sparse_layer_per_row_equal_a_loop(router, width, dtype):
     check_gradients_by_element(mapped, [gradient(parameters, x_TD) for x_TD in x_BTD])
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @every_router
 @every_width
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
@@ -295,7 +298,6 @@ def test_a_model_exported_for_any_length_and_batch_gives_the_models_logits(dtype
 MAPPED = EXPORTED | {name: config() for name, config in VARIED.items()}
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("config", MAPPED.values(), ids=MAPPED)
 @pytest.mark.parametrize("dtype", [*WIDE, torch.bfloat16], ids=str)
 def test_a_model_mapped_over_rows_gives_the_rows_logits(config, dtype):
@@ -305,7 +307,6 @@ def test_a_model_mapped_over_rows_gives_the_rows_logits(config, dtype):
     equal_in(dtype)(mapped_BTV, expected_BTV)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("config", MAPPED.values(), ids=MAPPED)
 def test_gradients_of_a_model_per_row_equal_a_loop(config):
     model, tokens_BT = transformer(config), random_tokens(3, 7)
@@ -315,7 +316,6 @@ def test_gradients_of_a_model_per_row_equal_a_loop(config):
     check_gradients_by_element(mapped, [gradient(parameters, row_T) for row_T in tokens_BT])
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
 def test_an_ensemble_of_models_equals_its_members(config):
     models, tokens_BT = [transformer(config, seed=seed) for seed in range(3)], random_tokens(2, 7)
