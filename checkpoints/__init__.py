@@ -7,5 +7,5 @@ from .load import load_model
 from .published_config import read_config, unread_keys
 from .save import plan_checkpoint, save_model
 from .storage.shards import StoredTensor
-from .text.tokenizer import TextStream, Tokenizer, load_tokenizer
+from .text.tokenizer import TextStream, Tokenizer, check_vocabulary, load_tokenizer
 from .verify import verify

@@ -178,6 +178,10 @@ class Fields:
         self.asked.update(keys)
         return any(self.raw.get(key) is not None for key in keys)
 
+    def ignore(self, *keys: str) -> None:
+        """Count keys as read that change nothing here."""
+        self.asked.update(keys)
+
     def unread(self) -> list[str]:
         """The keys that were not read."""
         return sorted(set(self.raw) - self.asked)

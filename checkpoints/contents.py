@@ -15,9 +15,9 @@ from torch import Tensor
 
 from modeling import ModelConfig, Transformer
 
-from .config_file import CheckpointError
+from .config_file import CheckpointError, Fields
 from .mapping import Entry, Family, Shape, apply_rules, count_blocks, fill_template
-from .published_config import find_family, read_config
+from .published_config import find_family, find_quantization_config, read_config
 from .storage.shards import Shards, StoredTensor, list_some, open_shards, raise_any
 from .storage.weights import Weight, find_weights
 
@@ -57,7 +57,7 @@ def compare_files(
     may be in the files.
     """
     family = find_family(config, directory)
-    weights, errors = find_weights(shards, find_quantization(config))
+    weights, errors = find_weights(shards, find_quantization_config(Fields(config.published)))
     model = build_on_meta(config)
     contents = Contents(model, weights, errors=errors)
     if far_too_large := check_size(contents.shapes, shards, directory):
@@ -108,7 +108,7 @@ def select_part(
     config, count = contents.config, len(contents.config.layers)
     if layers is not None:
         if not 1 <= layers <= count:
-            raise ValueError(f"layers = {layers}: the model has 1 to {count} layers to load")
+            raise ValueError(f"layers = {layers}: must be from 1 to {count}, which the model has")
         return replace(remove_mtp(config), layers=config.layers[:layers])
     if not config.mtp.blocks:
         return config
@@ -133,15 +133,9 @@ def read_headers(path: str | Path) -> tuple[dict[str, StoredTensor], dict[str, W
     directory = Path(path)
     config = read_config(directory)
     with open_shards(directory) as shards:
-        weights, errors = find_weights(shards, find_quantization(config))
+        weights, errors = find_weights(shards, find_quantization_config(Fields(config.published)))
         raise_any(errors)
         return shards.tensors, weights
-
-
-def find_quantization(config: ModelConfig) -> Mapping:
-    published = config.published
-    text = published.get("text_config") or {}
-    return published.get("quantization_config") or text.get("quantization_config") or {}
 
 
 def own_state(model: Transformer) -> dict[str, Tensor]:

@@ -14,14 +14,12 @@ from torch import Tensor
 
 from .config_file import CheckpointError
 from .contents import Contents, compare_files
-from .families import native
-from .load import choose_dtypes, read_if_different, untie_head
+from .load import choose_dtypes, find_dtype, read_if_different, untie_head
 from .mapping import Entry, Shape
 from .precision import Precision
 from .published_config import find_family, read_config
-from .save import make_native_json, update_dtype
-from .storage.shards import READABLE, Shards, open_shards, raise_any
-from .storage.weights import Weight
+from .save import check_format, make_native_json, update_dtype
+from .storage.shards import Shards, open_shards, raise_any
 from .storage.writing import FP8, PlannedTensor, write_checkpoint
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -41,11 +39,10 @@ def convert(
     dtype, to: as in `save_model`, but a dtype of None makes quantised weights bfloat16.
     classes: as in `load_model`. The source is checked as for loading. Its other files, such as the
     tokenizer's, are copied.
-    Raises CheckpointError, and writes nothing, if the source is damaged or the target exists.
+    Raises CheckpointError, and writes nothing, if the source is damaged or the target not empty.
     """
     source, target = Path(source).resolve(), Path(target).resolve()
-    if to not in (None, native.MODEL_TYPE):
-        raise ValueError(f"to = {to!r}: expected None or {native.MODEL_TYPE!r}")
+    check_format(to)
     config = read_config(source, classes)
     if source == target:
         raise CheckpointError(f"{target}: is the source itself; choose another path")
@@ -126,11 +123,6 @@ def assemble_tensor(
 def choose_read_dtype(kept: torch.dtype) -> torch.dtype:
     """The dtype to read a quantised weight in before it is stored as `kept`: it is rounded once."""
     return torch.float32 if kept == FP8 else kept
-
-
-def find_dtype(weight: Weight, shards: Shards) -> torch.dtype:
-    """The dtype that a weight is read in by default."""
-    return torch.bfloat16 if weight.quantized else READABLE[shards.tensors[weight.names[0]].dtype]
 
 
 def find_model_dtype(contents: Contents, shards: Shards) -> torch.dtype:

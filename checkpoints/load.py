@@ -20,6 +20,7 @@ from .mapping import Entry
 from .precision import find_exact
 from .published_config import read_config
 from .storage.shards import READABLE, Shards, open_shards, raise_any
+from .storage.weights import Weight
 
 
 def load_model(
@@ -71,7 +72,7 @@ def warn_of_unused_copies(contents: Contents, shards: Shards, state: dict[str, T
 
 
 def untie_stored_head(contents: Contents, shards: Shards, state: dict[str, Tensor]) -> Transformer:
-    """The model on meta: untied, and its head in `state`, if a tied model stores another head."""
+    """The model to fill; if a tied model stores its own head, untied, with the head in `state`."""
     model, embedding = contents.model, state["embed.weight"]
     for entry in contents.heads:
         if (head := read_if_different(entry, contents, shards, embedding)) is not None:
@@ -115,14 +116,16 @@ def choose_dtypes(
     dtypes: dict[str, torch.dtype] = {}
     exact = find_exact(contents.model)
     for entry in contents.entries:
-        weight = contents.weights[entry.published]
-        stored = READABLE.get(shards.tensors[weight.names[0]].dtype, torch.bfloat16)
-        kept = torch.bfloat16 if weight.quantized else stored
-        kept = kept if wanted is None else wanted
+        kept = wanted or find_dtype(contents.weights[entry.published], shards)
         for name in entry.ours:
             least = torch.float32 if name in exact else kept
             dtypes[name] = torch.promote_types(dtypes.get(name, least), kept)
     return dtypes
+
+
+def find_dtype(weight: Weight, shards: Shards) -> torch.dtype:
+    """The dtype that a weight is read in by default."""
+    return torch.bfloat16 if weight.quantized else READABLE[shards.tensors[weight.names[0]].dtype]
 
 
 def read_if_different(

@@ -79,7 +79,7 @@ def refuse_unread_mechanisms(fields: Fields, family: str) -> None:
 
 
 def find_config_file(path: Path) -> Path:
-    """The path of the config.json; CheckpointError, with what was found instead, without one."""
+    """The path of the config.json; without one, a CheckpointError lists what is there instead."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
     if path.is_file():

@@ -1,7 +1,7 @@
 """A Transformer -> a checkpoint directory, in the layout of its family or in our own format.
 
 All tensors, with their names and dtypes, are planned before anything is written, so a model that
-cannot be saved is refused before.
+cannot be saved leaves nothing behind.
 """
 
 from collections.abc import Iterator, Mapping
@@ -71,10 +71,14 @@ def plan_checkpoint(
     return update_dtype(config_json, model.dtype, dtype), tensors
 
 
-def choose_layout(config: ModelConfig, to: str | None) -> tuple[Family, dict[str, Any]]:
-    """The family whose layout a model is written in, and its config.json."""
+def check_format(to: str | None) -> None:
     if to not in (None, native.MODEL_TYPE):
         raise ValueError(f"to = {to!r}: expected None or {native.MODEL_TYPE!r}")
+
+
+def choose_layout(config: ModelConfig, to: str | None) -> tuple[Family, dict[str, Any]]:
+    """The family whose layout a model is written in, and its config.json."""
+    check_format(to)
     family = (
         native.make_family() if to or not config.published else find_family(config, "save_model")
     )

@@ -18,7 +18,7 @@ from .contents import Contents, compare_files
 from .mapping import Entry
 from .published_config import interpret
 from .storage.shards import Shards, list_some, survey_shards
-from .text.tokenizer import Tokenizer, load_tokenizer
+from .text.tokenizer import NoTokenizerError, Tokenizer, check_vocabulary, load_tokenizer
 
 TINY = 1e-30  # no trained expert has only weights below this; unwritten memory may
 
@@ -73,16 +73,17 @@ def check_text_files(directory: Path, config: ModelConfig | None) -> tuple[list[
     """Errors and notes about the tokenizer and the chat templates."""
     try:
         tokenizer = load_tokenizer(directory)
+    except NoTokenizerError as error:
+        return [], [str(error)]
     except CheckpointError as error:
-        missing = "no tokenizer" in str(error)
-        return ([], [str(error)]) if missing else ([str(error)], [])
-    errors = []
-    if config is not None and tokenizer.vocab_size > config.vocab_size:
-        errors.append(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids and the model "
-            f"{config.vocab_size}: they do not belong together"
-        )
-    return errors + check_templates(tokenizer), []
+        return [str(error)], []
+    errors = check_templates(tokenizer)
+    try:
+        if config is not None:
+            check_vocabulary(directory, tokenizer, config.vocab_size)
+    except CheckpointError as error:
+        errors.insert(0, str(error))
+    return errors, []
 
 
 def check_templates(tokenizer: Tokenizer) -> list[str]:
@@ -143,7 +144,7 @@ def find_unwritten_experts(name: str, stack: Tensor) -> Iterator[str]:
 
 
 def find_unreachable_experts(name: str, bias_E: Tensor, top_k: int) -> Iterator[str]:
-    """Yield an error if no token can choose an expert: K others lead by more than a score's 1."""
+    """Yield an error for experts that no token can choose: K biases exceed theirs by over 1."""
     least = bias_E.topk(top_k).values[-1] - 1
     bad = [str(expert) for expert in (bias_E < least).nonzero().flatten().tolist()]
     if bad:

@@ -1,4 +1,4 @@
-"""What attention keeps of earlier tokens: tensors that it is given and that can be cut back.
+"""What attention keeps of earlier tokens: entries or states that can be cut back.
 
 Each row of a batch has its own length, so prompts of unequal lengths and rows that accept unequal
 numbers of drafts share one cache: an append says how many of the new tokens are real in each row,
@@ -32,9 +32,9 @@ class LayerCache:
     def __init__(
         self, batch_size: int, max_length: int, shapes: Sequence[Shape], rollback: int = 0
     ) -> None:
-        if batch_size < 1 or max_length < 1:
+        if batch_size < 1 or max_length < 1 or rollback < 0:
             raise ValueError(
-                f"a cache of {batch_size} rows and {max_length} positions holds nothing"
+                f"{batch_size} rows, {max_length} positions, rollback {rollback}: too few"
             )
         self.max_length, self.rollback = max_length, rollback
         self.lengths, self.floors = [0] * batch_size, [0] * batch_size
@@ -49,7 +49,7 @@ class LayerCache:
         self.tensors = [torch.zeros(shape, dtype=dtype, device=device) for shape in self.shapes]
 
     def fit(self, new: Tensor) -> None:
-        """Cast the tensors to the dtype of what is appended, or to one that holds both."""
+        """Make the tensors in the dtype of `new`, or cast held entries to one that fits both."""
         if not any(self.lengths) and (not self.tensors or self.tensors[-1].dtype != new.dtype):
             self.allocate(new.dtype, new.device)
         wide = torch.promote_types(self.tensors[-1].dtype, new.dtype)
@@ -120,12 +120,9 @@ class Cache:
 
     @property
     def lengths(self) -> list[int]:
-        """Positions held, row by row."""
         lengths = self.layers[0].lengths
         if any(layer.lengths != lengths for layer in self.layers):
-            raise ValueError(
-                "a forward failed half-way: truncate the cache to what all layers hold"
-            )
+            raise ValueError("the cache's layers differ in length: truncate to the shortest one")
         return lengths
 
     @property
@@ -134,21 +131,15 @@ class Cache:
         return max(self.lengths)
 
     @property
-    def max_length(self) -> int:
-        return self.layers[0].max_length
-
-    @property
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one more position of a row takes."""
         return sum(layer.bytes_per_token for layer in self.layers)
 
     @property
     def constant_bytes(self) -> int:
-        """Bytes that a row takes at any length: windows, states."""
         return sum(layer.constant_bytes for layer in self.layers)
 
     def truncate(self, length: int | Sequence[int]) -> None:

@@ -22,7 +22,7 @@ class Attention(Protocol):
     A query sees its own position and earlier ones. T may be 0, and a row may have no new token.
     Padding, by `step.counts`, leaves no trace in the cache or in other positions. A text fed
     whole, in pieces or token by token gives the same outputs. The module calls its submodules and
-    never reads their weights, so that an adapter or a hook acts in every path.
+    reads a weight only through `plain_weight`, so that an adapter or a hook acts in every path.
     """
 
     def __call__(self, x_BTD: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
@@ -63,8 +63,8 @@ class LayerConfig(Config):
 class MTPConfig(Config):
     """Multi-token-prediction modules (DeepSeek-V3, section 2.2) and how they are wired.
 
-    No publication says how, and implementations disagree. The defaults are those of transformers
-    5.23 (`MtpModel`); `python -m tools probe-mtp` measures which wiring fits given weights.
+    No publication says which state is read, and implementations disagree. The defaults are those
+    of transformers 5.23 (`MtpModel`); `python -m tools probe-mtp` finds the wiring of weights.
     """
 
     blocks: tuple[LayerConfig, ...] = ()  # of each module, in the order of their depths
@@ -88,8 +88,8 @@ class MTPConfig(Config):
 class ModelConfig(Config):
     """A decoder-only language model.
 
-    `published` is the config.json that the config was read from. Saving writes it back as it was
-    spelled; nothing else looks inside.
+    `published` is the config.json that the config was read from. Only `checkpoints` reads it, for
+    family, quantisation and token ids, and writes it back with the dtype of the saved weights.
     """
 
     vocab_size: Count

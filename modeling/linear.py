@@ -7,7 +7,7 @@ from torch.nn.modules import module as torch_module
 def plain_weight(layer: nn.Module) -> Tensor | None:
     """The (O, I) weight of a layer that does nothing but multiply by it; None for any other.
 
-    A fast twin may put such a matrix elsewhere in its computation. Whatever wraps, replaces,
+    A fast path may put such a matrix elsewhere in its computation. Whatever wraps, replaces,
     parametrises, shards, quantises or watches the layer need not be linear or may act at some
     positions only, so then the layer is called.
     """

@@ -21,7 +21,7 @@ from .step import Step
 
 
 class States(NamedTuple):
-    """The last block's output at every position, before and after the norm before the head."""
+    """The last block's output: raw, and as the head reads it (normed, times logits_multiplier)."""
 
     raw_BTD: Tensor
     normed_BTD: Tensor
@@ -46,6 +46,8 @@ class Block(nn.Module):
         self.feed_forward = config.feed_forward.build(d_model)
         self.feed_forward_output_norm = after()
         self.residual_multiplier = config.residual_multiplier
+        if not hasattr(self.attention, "make_cache"):
+            raise TypeError(f"{type(config.attention).__name__} builds no attention: see Attention")
 
     def forward(self, x_BTD: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         y_BTD = self.attention(self.attention_norm(x_BTD), step, cache)
@@ -55,11 +57,6 @@ class Block(nn.Module):
 
     def add_residual(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
         return torch.add(x_BTD, y_BTD, alpha=self.residual_multiplier)
-
-
-def make_embedding(vocab_size: int, d_model: int) -> nn.Embedding:
-    """Not nn.Embedding(V, D), which draws numbers that `reset_parameters` draws again."""
-    return nn.Embedding.from_pretrained(torch.empty(vocab_size, d_model), freeze=False)
 
 
 class Transformer(nn.Module):
@@ -73,8 +70,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         D, V, epsilon = config.d_model, config.vocab_size, config.norm_epsilon
-        make_head = partial(nn.Linear, D, V, bias=False)
-        self.embed = make_embedding(V, D)
+        make_head, make_embed = partial(nn.Linear, D, V, bias=False), partial(nn.Embedding, V, D)
+        self.embed = make_embed()
         self.layers = nn.ModuleList(Block(D, epsilon, layer) for layer in config.layers)
         self.norm = RMSNorm(D, epsilon)
         self.head = make_head()
@@ -82,7 +79,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self.mtp = nn.ModuleDict()
         for number, layer in enumerate(config.mtp.blocks, start=len(config.layers)):
-            embed = make_embedding(V, D) if config.mtp.own_embedding else None
+            embed = make_embed() if config.mtp.own_embedding else None
             head = make_head() if config.mtp.own_head else None
             self.mtp[str(number)] = MTPModule(config, Block(D, epsilon, layer), embed, head)
         self.reset_parameters()
@@ -92,8 +89,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits of the next token at every position, (B, T, V), in float32 at least.
 
-        tokens_BT: int64. With a `cache` the tokens continue at `cache.length` and are appended to
-        it. logits_to_keep: compute the head for the last so many positions only.
+        tokens_BT: int64. With a `cache`, row b continues at `cache.lengths[b]`, and its tokens are
+        appended. logits_to_keep: compute the head for this many last positions only.
         Raises ValueError for ids outside the vocabulary, another dtype, rank or number of rows.
         """
         if logits_to_keep is not None and logits_to_keep < 1:
@@ -114,8 +111,10 @@ class Transformer(nn.Module):
         """
         self.check_tokens(tokens_BT)
         lengths = [0] if cache is None else cache.lengths
+        if cache is not None and len(cache.layers) != len(self.layers):
+            raise ValueError(f"{len(cache.layers)} layers in the cache, {len(self.layers)} here")
         if cache is not None and len(lengths) != len(tokens_BT):
-            raise ValueError(f"{len(tokens_BT)} rows of tokens for a cache of {len(lengths)}")
+            raise ValueError(f"{len(tokens_BT)} rows of tokens, but {len(lengths)} in the cache")
         x_BTD = self.embed(tokens_BT) * self.config.embedding_multiplier
         step = Step.after(lengths, tokens_BT, counts)
         for i, layer in enumerate(self.layers):
@@ -128,7 +127,7 @@ class Transformer(nn.Module):
         return States(x_BTD, norm(x_BTD) * self.config.logits_multiplier)
 
     def logits(self, x_BTD: Tensor, module: MTPModule | None = None) -> Tensor:
-        """The head on normed states, of an MTP module if one is named, in float32 at least."""
+        """Logits (..., V), float32 at least, of normed states, by the head of `module` if given."""
         head = self.head if module is None else module.head or self.head
         logits_BTV = head(x_BTD)
         return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
@@ -180,12 +179,10 @@ class Transformer(nn.Module):
 
     @property
     def mtp_modules(self) -> list[MTPModule]:
-        """In the order of their depths."""
         return [cast(MTPModule, module) for module in self.mtp.values()]
 
     @property
     def mtp_heads(self) -> list[nn.Module]:
-        """The head of each depth."""
         return [module.head or self.head for module in self.mtp_modules]
 
     @property
@@ -195,15 +192,14 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the states between the layers."""
-        return self.embed.weight.dtype
+        return next(self.embed.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return next(self.embed.parameters()).device
 
     def check_tokens(self, tokens_BT: Tensor) -> None:
-        if hasattr(self.embed.weight, "full_tensor"):  # of fully_shard, which gathers in forward
+        if any(hasattr(p, "full_tensor") for p in self.embed.parameters()):  # of fully_shard
             raise ValueError("the model is sharded: call model.unshard() before this method")
         if tokens_BT.dim() != 2 or tokens_BT.dtype != torch.int64:
             found = f"{tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}"
@@ -228,12 +224,12 @@ class Transformer(nn.Module):
 
         Every module that owns parameters has `reset_parameters`, which takes `std` if it owns
         matrices; what it leaves undrawn is an error. The `residual_outputs` of a module, which
-        write to the residual stream, are narrowed by sqrt(2 layers) (GPT-2, section 2.3), so that
+        write to the residual stream, are divided by sqrt(2 layers) (GPT-2, section 2.3), so that
         its variance does not grow with depth. On the meta device nothing is drawn.
         """
         for path, module in self.named_modules():
             own = dict(module.named_parameters(recurse=False))
-            if own and not self.embed.weight.is_meta:
+            if own and self.device.type != "meta":
                 draw_parameters(path, module, own, std)
         for module in self.modules():
             for name in getattr(module, "residual_outputs", ()):
@@ -242,9 +238,10 @@ class Transformer(nn.Module):
 
 def draw_parameters(path: str, module: nn.Module, own: dict[str, nn.Parameter], std: float) -> None:
     """Draw the parameters that a module owns; TypeError if it does not say how they begin."""
-    what, reset = f"{path}, a {type(module).__name__},", getattr(module, "reset_parameters", None)
-    if reset is None or isinstance(module, Transformer):
-        raise TypeError(f"{what} owns {', '.join(own)} and has no reset_parameters")
+    what = f"{path}, a {type(module).__name__}," if path else "the model"
+    reset = None if isinstance(module, Transformer) else getattr(module, "reset_parameters", None)
+    if reset is None:
+        raise TypeError(f"{what} owns {', '.join(own)} and has no reset_parameters to draw them")
     for parameter in own.values():
         parameter.fill_(float("nan"))
     if getattr(type(module), "reset_parameters", None) in DRAWN_BY_TORCH:

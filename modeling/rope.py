@@ -9,7 +9,7 @@ Tables are computed in float32, as every reference does, and the rotation runs i
 least. (Some references round the tables to bfloat16 first: 1e-3 of drift in bfloat16 models.)
 
 Shapes: B batch (1 where all rows stand at the same positions), T new tokens, H heads, P head
-width, R rotated width.
+width, R rotated width, r = R / 2.
 """
 
 import math
@@ -34,7 +34,7 @@ class YarnConfig(Config):
     original_length: Count  # positions the model was trained on before the change
     beta_fast: Positive = 32.0  # rotations over original_length above which a frequency is kept
     beta_slow: Positive = 1.0  # rotations below which it is divided by factor
-    truncate: bool = True  # round the ends of the ramp between the two outwards
+    truncate: bool = True  # round the ramp's first pair down and its last pair up
 
     def check(self) -> None:
         self.require(self.beta_fast >= self.beta_slow, "beta_fast", "be >= {beta_slow}")
@@ -42,7 +42,7 @@ class YarnConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig(Config):
-    """Rotary positions. YaRN's two corrections are two numbers here, computed by whoever knows.
+    """Rotary positions. YaRN's two corrections are numbers that the builder of the config sets.
 
     `amplitude` multiplies cos and sin, so a score by its square; `softmax_multiplier` multiplies
     the softmax scale and therefore the part of a head that is not rotated too.

@@ -1,6 +1,6 @@
 """What the layers of one forward share.
 
-Shapes: B batch (1 in positions where all rows stand at the same ones), T new tokens.
+Shapes: B batch (1 in positions that are the same in all rows), T new tokens.
 """
 
 from collections.abc import Hashable, Sequence
@@ -35,13 +35,15 @@ class Step:
         cls, lengths: Sequence[int], tokens_BT: Tensor, counts: Sequence[int] | None = None
     ) -> "Step":
         """The step of new tokens that follow rows of these lengths."""
-        T, device = tokens_BT.shape[1], tokens_BT.device
+        (B, T), device = tokens_BT.shape, tokens_BT.device
+        if counts is not None and (len(counts) != B or not all(0 <= n <= T for n in counts)):
+            raise ValueError(f"counts = {counts}: expected {B} numbers from 0 to {T}")
         rows = lengths[:1] if len(set(lengths)) == 1 else lengths
         starts_B1 = torch.tensor(rows, device=device)[:, None]
         return cls(starts_B1 + torch.arange(T, device=device), counts, tokens_BT)
 
     def real_mask(self, num_new: int) -> Tensor | None:
-        """True where a new token is real and no padding, bool (B, T); None: all are."""
+        """True for real tokens and False for padding, bool (B, T); None: all are real."""
         if self.counts is None:
             return None
         device = self.positions_BT.device

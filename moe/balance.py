@@ -37,7 +37,7 @@ def relative_load(counts_BE: Tensor) -> Tensor:
 def expert_balance_loss(routing: Routing, mask_N: Tensor | None = None) -> Tensor:
     """Expert-level auxiliary loss over all tokens together: sum_e load_e * mean_n p_ne.
 
-    1 when choices and scores are uniform, up to E / K when they agree on the same experts.
+    1 when choices and scores are uniform; up to E / (slots used) when all agree on experts.
     DeepSeek-V2, section 2.2.3, equations 23 to 25; p is the score normalised to sum 1 per token,
     which changes nothing for softmax scores and is what DeepSeek-V3 does for sigmoid ones.
     """

@@ -4,7 +4,7 @@ A field's annotation is its rule: `Count` means a whole number >= 1, `Literal["m
 two words. A rule that several fields share stands in the method `check`.
 """
 
-import math
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
@@ -47,7 +47,11 @@ def find_broken_rule(value: object, hint: Any) -> str | None:
         each = [find_broken_rule(value, part) for part in parts]
         return None if None in each else " or ".join(filter(None, each))
     if origin is Literal:
-        return None if value in parts else f"one of {', '.join(map(str, parts))}"
+        return (
+            None
+            if (type(value), value) in [(type(p), p) for p in parts]
+            else f"one of {', '.join(map(str, parts))}"
+        )
     if origin is tuple and parts[1:] == (...,) and isinstance(value, tuple):
         each = [find_broken_rule(element, parts[0]) for element in value]
         return next((f"a tuple, each {broken}" for broken in each if broken), None)
@@ -55,15 +59,15 @@ def find_broken_rule(value: object, hint: Any) -> str | None:
         return None if has_plain_type(value, hint) else PLAIN[hint]
     if hint is Any or isinstance(value, origin or hint):
         return None
-    return "None" if hint is NoneType else f"a {getattr(hint, '__name__', hint)}"
+    return "None" if hint is NoneType else f"of type {getattr(hint, '__name__', hint)}"
 
 
 def has_plain_type(value: object, hint: type) -> bool:
-    """Like `isinstance`, but a bool is no number here, nor is an infinity or NaN."""
+    """Like `isinstance`, but a bool is no number, and a float may be an int and must be finite."""
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
     if hint is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
     return isinstance(value, hint)
 
 
@@ -80,7 +84,7 @@ def check_types(config: Any) -> None:
         broken = find_broken_rule(value, hints[field.name])
         if broken is not None:
             own = f"{type(config).__name__}.{field.name}"
-            raise ConfigError(f"{name_in_errors(value, own)} = {value!r}: must be {broken}")
+            raise ConfigError(f"{name_in_errors(value, own)} = {value!r:.80}: must be {broken}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
-"""Routed experts: a loop that reads like the paper, and its sorted, grouped twin.
+"""Routed experts: a loop that reads like the paper, and its sorted, grouped form.
 
 Both compute  y_n = sum_k weights[n, k] * FFN_{experts[n, k]}(x_n)  and have the same signature.
-A slot that holds expert E is empty: it computes nothing and adds nothing. The sum over a token's
-K slots runs in the precision of the weights (float32 at least) and is rounded once; transformers'
-eager loop rounds after every expert, which shows in bfloat16 only.
+A slot that holds expert E is empty: it computes nothing and adds nothing. The sum over K slots runs
+in the precision of the routing weights (float32 at least) and is rounded once; transformers' eager
+loop rounds after every expert, which shows in bfloat16 only.
 
 Shapes: N tokens, D model width, E experts, K slots of a token, F expert width, S = N * K slots
 sorted by expert, I and O input and output width of one product.
@@ -72,7 +72,7 @@ def experts_grouped(
     biases: Biases = NO_BIASES,
     activation: Activation = swiglu,
 ) -> Tensor:
-    """Compute `experts_loop`, sorted so that each expert sees one contiguous slice of rows.
+    """Compute what `experts_loop` does, on rows sorted so that each expert has one slice.
 
     Empty slots are sorted to the end, where products leave rows unwritten: they may hold NaN, and
     so may their gradients. So empty slots read an appended row of zeros, which absorbs their
@@ -111,7 +111,7 @@ def weigh(y_NKD: Tensor, weights_NK: Tensor) -> Tensor:
 
 
 def grouping_pays(x_ND: Tensor, gate_EFD: Tensor) -> bool:
-    """The rule that picks the twin: group wherever `grouped_mm` runs, unless there is one token.
+    """Whether grouping is faster: where `grouped_mm` runs and there is more than one token.
 
     A token's experts are distinct, so with one token there is nothing to group, and the loop saves
     the sorting (a tenth to a quarter on a CPU). With more, grouping is up to 2.4 times as fast.

@@ -21,7 +21,7 @@ class MoEConfig(Config):
     expert_width: Count  # hidden width F of a routed expert
     expert_biases: bool = False  # on all three of a routed expert's products
     clamp: Clamp | None = None  # of the routed experts' activation; None: plain SwiGLU
-    # Of the expert that every token uses; 0: none. Several equal one of their summed width.
+    # Width of the shared expert, which every token uses (of several: their sum); 0: none.
     shared_width: Size = 0
     shared_gate: bool = False  # multiply its output by the sigmoid of a linear score
 
@@ -34,7 +34,7 @@ class MoEConfig(Config):
 
 
 class MoE(nn.Module):
-    """A mixture-of-experts feed-forward layer, (B, T, D) -> (B, T, D). It draws its weights."""
+    """A mixture-of-experts feed-forward layer, (B, T, D) -> (B, T, D)."""
 
     def __init__(self, d_model: int, config: MoEConfig) -> None:
         super().__init__()

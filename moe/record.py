@@ -25,16 +25,14 @@ class RecordedRoutings(Mapping[int, Routing]):
         """The forward hook of every module: keep the output if it is a `Routing`."""
         parts = self._parts.get(layer, [])
         if not isinstance(output, Routing) or (parts and parts[-1] is output):
-            return  # or a wrapper returns the very Routing that its router returned
-        if torch._C._current_graph_task_id() != -1:  # a backward, which runs checkpointed layers
+            return  # not a routing, or one that the router in this wrapper has just returned
+        if torch._C._current_graph_task_id() != -1:  # a backward, which runs layers again
             if parts and not parts[-1].weights_NK.requires_grad:
                 problem = "under reentrant checkpointing, recorded routings have no gradient"
                 warnings.warn(f"{problem}: checkpoint with use_reentrant=False", stacklevel=2)
             return
         if self.routers.setdefault(layer, router) is not router:
-            raise ValueError(
-                f"two routers have routed in layer {layer}: record one model at a time"
-            )
+            raise ValueError(f"two routers routed in layer {layer}: record one model at a time")
         self._parts.setdefault(layer, []).append(output)
 
     def __getitem__(self, layer: int) -> Routing:
@@ -79,7 +77,7 @@ def routers(model: nn.Module) -> dict[int, Router]:
     found: dict[int, Router] = {}
     for module, layer in layer_numbers(model).items():
         if isinstance(module, Router) and found.setdefault(layer, module) is not module:
-            raise ValueError(f"two routers belong to layer {layer}")
+            raise ValueError(f"two routers belong to layer {layer}: give each a layer of its own")
     return found
 
 

@@ -4,9 +4,9 @@ A kind of router is a config whose `route` turns logits into a `Routing`, a pure
 module that makes the logits. `TopK` gives every token K experts, `TopP` as many as it takes to
 reach a probability mass, `ExpertChoice` lets experts choose their tokens.
 
-Precision: scores and weights are at least float32. The router's matrix product runs in float32
-too, or in the weights' own precision first, as `router_precision` says: at near-ties the two choose
-different experts, so it is part of the architecture, and autocast does not change it.
+Precision: scores and weights are at least float32. `router_precision` says whether the router's
+matrix product runs in float32 or in the weights' own precision: at near-ties the two choose
+different experts, so this belongs to the architecture, and autocast does not change it.
 
 Shapes: N tokens, D model width, E experts, K slots of a token, G groups of e = E / G experts, C
 tokens that an expert takes.
@@ -36,6 +36,15 @@ class Routing:
     experts_NK: Tensor  # int64; a token's experts are distinct and in no particular order
     scores_NE: Tensor  # of all experts, without any selection bias
     logits_NE: Tensor  # what the scores were made from
+
+    def __post_init__(self) -> None:
+        weights_NK, experts_NK = self.weights_NK, self.experts_NK
+        wide = weights_NK.dtype.itemsize >= 4 and experts_NK.dtype == torch.int64
+        if weights_NK.dim() != 2 or experts_NK.shape != weights_NK.shape or not wide:
+            found = [(x.dtype, tuple(x.shape)) for x in (weights_NK, experts_NK)]
+            raise ValueError(
+                f"routing {found}: expected weights >= float32, int64 ids, both (N, K)"
+            )
 
 
 @runtime_checkable
@@ -89,7 +98,7 @@ class LinearRouterConfig(Config):
 class LinearRouter(nn.Module):
     """Linear logits and the config's `route`. The matrix begins normal, biases at 0."""
 
-    exact = ("selection_bias",)  # kept in float32: biases near 10 may differ by 1e-3 only
+    exact = ("selection_bias",)  # in float32 at least: biases near 10 may differ by only 1e-3
     quantizable = ()
     selection_bias: Tensor | None
 
@@ -114,9 +123,9 @@ class LinearRouter(nn.Module):
     def forward(self, x_ND: Tensor) -> Routing:
         wide, device = torch.promote_types(x_ND.dtype, torch.float32), x_ND.device.type
         dtype = wide if self.config.router_precision == "float32" else self.weight.dtype
-        bias_E = None if self.bias is None else self.bias.to(dtype)
+        own_bias_E = None if self.bias is None else self.bias.to(dtype)
         with exact_products(device):
-            logits_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype), bias_E)
+            logits_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype), own_bias_E)
         return self.config.route(logits_NE.to(wide), self.selection_bias)
 
     def extra_repr(self) -> str:
@@ -124,7 +133,7 @@ class LinearRouter(nn.Module):
         return f"{D} -> {E} experts, {type(self.config).__name__}"
 
     def _apply(self, fn, recurse=True):
-        """Casting the module leaves what is `exact` in the precision it has."""
+        """Never cast the selection bias, which is `exact`, to a narrower dtype than it has."""
         bias_E = self.selection_bias
         super()._apply(fn, recurse)
         cast_E: Any = self.selection_bias
@@ -154,11 +163,11 @@ class TopK(LinearRouterConfig):
     num_groups: Count = 1  # experts in equal, consecutive groups; 1: no group limit
     groups_kept: Count = 1  # a token's experts come from this many groups
     group_score: Annotated[str, one_of(GROUP_SCORES)] = "max"
-    # Divide the chosen weights by their sum. Of softmax scores that leaves the softmax over the
-    # chosen logits alone, so a model that takes the top K first and the softmax after says this.
+    # Divide the chosen weights by their sum. Softmax scores then equal a softmax over the chosen
+    # logits, so a model that applies the softmax after the top K sets this too.
     normalize: bool = False
     normalize_epsilon: Fraction = 0.0  # added to that sum
-    normalize_minimum: Fraction = 0.0  # what that sum counts as at least
+    normalize_minimum: Fraction = 0.0  # lower bound of that sum
     scale: Positive = 1.0  # multiplies the weights, normalised or not
 
     def check(self) -> None:

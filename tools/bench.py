@@ -10,13 +10,13 @@ import json
 import sys
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from checkpoints import load_tokenizer
-from modeling import GenerationStatistics, Transformer, generate
+from modeling import DraftCount, GenerationStatistics, Transformer, generate
 
 from .corpus import cut_passages, read_text
 from .generate import add_loading_arguments, load_requested_model, parse_draft_tokens
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     tokens_N = torch.tensor(load_tokenizer(args.model).encode(read_text(args.text)))
     prompts = cut_passages(tokens_N, args.passages, args.prompt_tokens)
     model = load_requested_model(args)
-    counts: list[Count] = list(dict.fromkeys([0, *args.draft_tokens]))
+    counts: list[DraftCount] = list(dict.fromkeys([0, *args.draft_tokens]))
     runs = run_passages(model, prompts, args.new_tokens, counts)
     report = {
         "passages": len(prompts),
@@ -55,12 +55,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-Count = int | Literal["auto"]
-Runs = dict[Count, list[GenerationStatistics]]
+Runs = dict[DraftCount, list[GenerationStatistics]]
 
 
 def run_passages(
-    model: Transformer, prompts: list[list[int]], new_tokens: int, counts: list[Count]
+    model: Transformer, prompts: list[list[int]], new_tokens: int, counts: list[DraftCount]
 ) -> Runs:
     """The statistics of every passage with every number of drafts, which take turns."""
     runs: Runs = {count: [] for count in counts}
@@ -76,7 +75,7 @@ def run_passages(
 
 
 def summarize_runs(
-    count: Count, runs: list[GenerationStatistics], plain: list[GenerationStatistics]
+    count: DraftCount, runs: list[GenerationStatistics], plain: list[GenerationStatistics]
 ) -> dict[str, Any]:
     """The figures of one number of drafts; runs and plain: of each passage, with it and with 0."""
     ratios = [

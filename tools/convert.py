@@ -19,7 +19,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="checkpoint directory")
-    parser.add_argument("target", type=Path, help="directory to write; must not exist")
+    parser.add_argument("target", type=Path, help="directory to write; must not exist, or be empty")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,

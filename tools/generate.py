@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from checkpoints import TextStream, Tokenizer, load_model, load_tokenizer
+from checkpoints import TextStream, Tokenizer, check_vocabulary, load_model, load_tokenizer
 from modeling import GenerationStatistics, Transformer, generate
 
 from .describe import count_parameters, count_plain_cache_bytes
@@ -112,13 +112,9 @@ def make_system_message(args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def load_model_for(tokenizer: Tokenizer, args: argparse.Namespace) -> Transformer:
-    """Load the model of the arguments; ValueError if it has fewer ids than the tokenizer."""
+    """Load the model of the arguments; CheckpointError if it has fewer ids than the tokenizer."""
     model = load_requested_model(args, mtp=args.draft_tokens != 0)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{args.model}: the tokenizer has {tokenizer.vocab_size} ids and the model "
-            f"{model.config.vocab_size}: they do not belong together"
-        )
+    check_vocabulary(args.model, tokenizer, model.config.vocab_size)
     return model
 
 

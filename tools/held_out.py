@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling import Transformer, generate, next_token_loss
+from modeling import Transformer, find_non_causal, generate, next_token_loss
 from moe import expert_load, record_routing
 
 from .corpus import cut_passages
@@ -30,8 +30,7 @@ def measure_held_out(model: Transformer, tokens_N: Tensor, num_bytes: int) -> di
             for layer, load in loads.items()
         },
     }
-    can_generate = not any(getattr(m, "sees_other_tokens", False) for m in model.modules())
-    if model.mtp and can_generate:
+    if model.mtp and find_non_causal(model) is None:
         drafted, accepted = count_drafts(model, tokens_N)
         report |= {"drafted": drafted, "accepted": accepted}
         report["draft_acceptance"] = round(accepted / max(1, drafted), 4)

@@ -87,9 +87,7 @@ class Result:
     """Which drafts of one wiring were accepted."""
 
     wiring: MTPConfig
-    hits_KN: (
-        Tensor  # True: the draft was accepted; False also at the ends of pieces, without drafts
-    )
+    hits_KN: Tensor  # whether each draft was accepted; False where the end of a piece left none
     counts_K: Tensor  # number of drafts
 
     @property

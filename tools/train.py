@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mtp-share",
         type=float,
         default=1.0,
-        help="share of positions at which the MTP losses are computed; a smaller one is faster",
+        help="share of positions with MTP losses, rounded to 1/n; a smaller one is faster",
     )
     add("--balance-weight", type=float, default=1e-4, help="weight of the sequence-wise loss")
     add("--bias-rate", type=float, default=1e-3, help="step size of the selection bias")

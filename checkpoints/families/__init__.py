@@ -1,4 +1,4 @@
-"""The registry: the model_type of a published config.json -> its family."""
+"""The table of families: the model_type of a published config.json -> its family."""
 
 from ..mapping import Family
 from . import (

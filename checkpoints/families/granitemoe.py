@@ -44,7 +44,7 @@ SPARSE = (
     Rule("feed_forward.router.weight", MOE + "router.layer.weight"),
     Rule(GATE_UP, MOE + "input_linear.weight", "E (P F) D -> P E F D"),
     Rule("feed_forward.experts.down", MOE + "output_linear.weight"),
-    # as transformers holds it, and one by one
+    # the layout that transformers writes, and experts one by one
     Rule("feed_forward.router.weight", MOE + "router.weight"),
     *llama.expert_rules(MOE + "experts."),
 )

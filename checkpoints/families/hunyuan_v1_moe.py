@@ -1,7 +1,7 @@
 """Hunyuan-A13B: q/k norms after rope, rope with a larger constant base, a shared expert."""
 
 from modeling import LayerConfig, ModelConfig, RopeConfig
-from moe import ConfigError, MoEConfig, TopK
+from moe import MoEConfig, TopK
 
 from ..config_file import Fields, NamedFloat
 from ..mapping import Family, Rule
@@ -36,10 +36,10 @@ def read_config(fields: Fields) -> ModelConfig:
 def experts(fields: Fields) -> list[MoEConfig]:
     """The sizes of the experts are one number for all layers, or a list with one per layer."""
     count = llama.num_layers(fields)
-    # transformers gives this width to all experts; the release says the same in both places
+    # the width of the shared expert, and the default of the routed ones
     width = fields.integer("intermediate_size")
-    if fields.per_layer(count, "num_shared_expert", default=1) != [1] * count:
-        raise ConfigError("num_shared_expert: expected one in every layer")
+    num_shared = fields.per_layer(count, "num_shared_expert", default=1)
+    fields.check(num_shared == [1] * count, "num_shared_expert", num_shared, "1 in every layer")
     return [
         MoEConfig(
             router=TopK(

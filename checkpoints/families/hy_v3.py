@@ -24,7 +24,7 @@ def read_config(fields: Fields) -> ModelConfig:
     """enable_moe_fp32_combine changes the rounding of bfloat16 alone, and is not read."""
     for key, value in AS_RELEASED.items():
         fields.require_flag(key, value)
-    fields.has("enable_moe_fp32_combine")
+    fields.ignore("enable_moe_fp32_combine")
     attention = llama.grouped_query(
         fields,
         llama.rope_config(fields, llama.head_width(fields), theta=11158840.0),
@@ -53,7 +53,7 @@ SPARSE = (
     Rule("feed_forward.router.selection_bias", "mlp.expert_bias"),
     *llama.expert_rules(),
     *llama.gated_rules("feed_forward.shared.", "mlp.shared_mlp."),
-    # as transformers holds it, met in re-saved files
+    # the layout that transformers writes, found in re-saved files
     *llama.ROUTER,
     Rule("feed_forward.router.selection_bias", "mlp.e_score_correction_bias"),
     *llama.gated_rules("feed_forward.shared.", "mlp.shared_experts."),

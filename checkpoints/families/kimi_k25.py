@@ -30,7 +30,7 @@ def read_config(fields: Fields) -> ModelConfig:
     text.choice("model_type", known=["kimi_k2", "deepseek_v3"])
     # tie_word_embeddings outside text_config is a default of the multimodal class; the one inside
     # text_config is right, and the files hold a head
-    fields.has("tie_word_embeddings", "vision_config")
+    fields.ignore("tie_word_embeddings", "vision_config")
     config = read_text_config(text)
     count = len(config.mtp.blocks)
     text.check(count == 0, "num_nextn_predict_layers", count, "0: no release has MTP modules")

@@ -4,7 +4,7 @@ The config announces MTP modules (num_mtp_modules) of which no tensor is publish
 """
 
 from modeling import LayerConfig, ModelConfig
-from moe import ConfigError, MoEConfig, TopK
+from moe import MoEConfig, TopK
 
 from ..config_file import Fields
 from ..mapping import Family, Rule
@@ -18,8 +18,8 @@ def read_config(fields: Fields) -> ModelConfig:
     fields.require_flag("use_qk_norm", True)
     fields.require_flag("use_routing_bias", True)
     fields.integer("shared_intermediate_size", default=0, at_least=0, at_most=0)
-    if 0 in fields.integers("attn_type_list", default=(), at_least=0):
-        raise ConfigError("attn_type_list: expected 1 (full attention) in every layer")
+    kinds = fields.integers("attn_type_list", default=(), at_least=0)
+    fields.check(0 not in kinds, "attn_type_list", list(kinds), "1 (full attention) in every layer")
     attention = llama.grouped_query(
         fields,
         llama.rope_config(fields, rotated_width(fields), theta=5e6),
@@ -44,7 +44,7 @@ def rotated_width(fields: Fields) -> int:
     """Releases say rotary_dim; re-saved configs partial_rotary_factor inside rope_parameters."""
     section = llama.rope_section(fields)
     if section is not None and section.has("partial_rotary_factor"):
-        fields.has("rotary_dim")
+        fields.ignore("rotary_dim")
         return llama.rotated_width(fields)
     return fields.integer("rotary_dim", default=llama.rotated_width(fields))
 
@@ -54,7 +54,7 @@ SPARSE = (
     Rule("feed_forward.router.weight", MOE + "gate.weight"),
     Rule("feed_forward.router.selection_bias", MOE + "e_score_correction_bias"),
     *llama.expert_rules(MOE + "experts.", W1_W3_W2),
-    # as transformers holds it, met in re-saved files
+    # the layout that transformers writes, found in re-saved files
     *llama.ROUTER,
     Rule("feed_forward.router.selection_bias", "mlp.e_score_correction_bias"),
     *llama.expert_rules(),

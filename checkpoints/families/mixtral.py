@@ -29,7 +29,7 @@ W1_W3_W2 = ("w1", "w3", "w2")  # gate, up, down
 SPARSE = (
     Rule("feed_forward.router.weight", "block_sparse_moe.gate.weight"),
     *llama.expert_rules("block_sparse_moe.experts.", W1_W3_W2),
-    # as transformers holds it, met in re-saved files
+    # the layout that transformers writes, found in re-saved files
     *llama.ROUTER,
     *llama.expert_rules(),
 )

@@ -52,7 +52,7 @@ def read_windows(fields: Fields) -> list[int | None]:
     """
     count = llama.num_layers(fields)
     if not fields.flag("use_sliding_window", default=False):
-        fields.has("sliding_window", "max_window_layers", "layer_types")
+        fields.ignore("sliding_window", "max_window_layers", "layer_types")
         return [None] * count
     window = fields.integer("sliding_window")
     below = fields.integer("max_window_layers", at_least=0)
@@ -65,7 +65,7 @@ def read_windows(fields: Fields) -> list[int | None]:
 def set_window(attention: GQAConfig, fields: Fields) -> GQAConfig:
     """The same window in every layer, where use_sliding_window says so."""
     if not fields.flag("use_sliding_window", default=False):
-        fields.has("sliding_window", "max_window_layers")
+        fields.ignore("sliding_window", "max_window_layers")
         return attention
     return replace(attention, window=fields.integer("sliding_window"))
 

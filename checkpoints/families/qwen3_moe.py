@@ -1,4 +1,4 @@
-"""Qwen3-MoE: q/k norms per head, a width of heads of its own, no shared expert."""
+"""Qwen3-MoE: q/k norms per head, head_dim independent of hidden_size, no shared expert."""
 
 from modeling import LayerConfig, ModelConfig
 from moe import MoEConfig, TopK

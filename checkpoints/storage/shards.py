@@ -104,7 +104,7 @@ def find_misplaced(
     """The tensors that are not in the file that the index names."""
     files = {stored.file: stored.file.name for stored in tensors.values()}
     return [
-        f"{index}: {name} is not in {file}"
+        f"{index}: {name} is not in {file}; download both again"
         for name, file in listed.items()
         if name not in tensors or files[tensors[name].file] != file
     ]
@@ -154,7 +154,7 @@ def explain_no_weights(directory: Path) -> str:
     """Explain what a directory without a weight file and an index holds instead."""
     present = sorted(file.name for file in directory.iterdir())
     if any(name.endswith(".safetensors") for name in present):
-        return f"weight files without {INDEX}: an unfinished copy"
+        return f"has weight files but no {INDEX}: an unfinished copy; copy the index too"
     if any(name.endswith((".bin", ".pt", ".pth")) for name in present):
         return (
             "holds pickled weights only, which can run code when opened; "

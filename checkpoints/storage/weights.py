@@ -287,7 +287,7 @@ def make_packed_weight(
     if scheme.get("type") != "int":
         module = weight.removesuffix(".weight")
         found = f"{names[0]}: no config group of integers in config.json targets {module}"
-        raise make_error(packed, found, "add the one it was made with")
+        raise make_error(packed, found, "add the group that the weight was quantised with")
     bits, size = scheme["num_bits"], scheme["group_size"] if scheme["strategy"] == "group" else None
     N, K = packed.shape[0], packed.shape[1] * 32 // bits
     require_part(weight, parts, "_scale", SCALES, block_grid((N, K), (1, size or K)))
@@ -296,11 +296,11 @@ def make_packed_weight(
 
 
 def make_fp8_weight(weight: str, parts: Parts, quantization: Mapping[str, Any]) -> Fp8Weight:
-    """A declared block size decides; without one the scale's shape tells channel from tensor."""
+    """The block size decides: declared, or 128 x 128 for `_scale_inv`; else the scale's shape."""
     stored, suffix = parts[""], "_scale_inv" if "_scale_inv" in parts else "_scale"
     if suffix not in parts:
         found = f"{weight} is {FP8} and no file holds {weight}_scale_inv or {weight}_scale"
-        raise make_error(stored, found, "without its scale the weight is unknown: find it")
+        raise make_error(stored, found, "download the file that holds its scale")
     if len(stored.shape) < 2 or 0 in stored.shape:
         raise make_error(
             stored, f"{weight} is {FP8} {list(stored.shape)}, expected a matrix", CONVERT

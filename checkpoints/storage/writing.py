@@ -1,7 +1,7 @@
 """Writes a checkpoint directory, with config.json, safetensors files and an index, or nothing.
 
-All files are written into a directory next to the final one, the index last, and that directory is
-then renamed. An interruption leaves nothing, or a directory without an index.
+All files are written into PATH.partial, the index last, and that directory is then renamed to PATH.
+An interruption leaves no PATH, and at most PATH.partial, which the next write to PATH deletes.
 """
 
 import json

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 from ..config_file import CheckpointError, check_regular
 
 RENDERER = Path(__file__).with_name("template.py")
-SECONDS = 10  # templates take milliseconds, and their process a tenth of a second to start
-MEGABYTES = 512
-CHARACTERS = 4 * 2**20
+MAX_SECONDS = 10  # templates take milliseconds, and their process a tenth of a second to start
+MAX_MEGABYTES = 512
+MAX_CHARACTERS = 4 * 2**20
 
 
 class Part(NamedTuple):
@@ -110,16 +110,16 @@ def render(template: Template, variables: dict[str, Any]) -> str:
     request = {
         "template": template.source,
         "variables": nothing | variables | {"add_generation_prompt": True},
-        "seconds": int(SECONDS) + 1,  # of CPU time: a later limit than the timeout below
-        "megabytes": MEGABYTES,
-        "characters": CHARACTERS,
+        "seconds": int(MAX_SECONDS) + 1,  # of CPU time: a later limit than the timeout below
+        "megabytes": MAX_MEGABYTES,
+        "characters": MAX_CHARACTERS,
     }
     command = [sys.executable, "-I", str(RENDERER)]
     data = json.dumps(request).encode()
     try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=SECONDS, env={})
+        done = subprocess.run(command, input=data, capture_output=True, timeout=MAX_SECONDS, env={})
     except subprocess.TimeoutExpired:
-        raise CheckpointError(f"{template.where}: not done after {SECONDS} seconds") from None
+        raise CheckpointError(f"{template.where}: not done after {MAX_SECONDS} seconds") from None
     if done.returncode != 0:
         raise CheckpointError(f"{template.where}: its process ended with code {done.returncode}")
     reply = json.loads(done.stdout)
@@ -171,7 +171,7 @@ def find_spare_characters(text: str) -> tuple[str, str]:
     spare = [chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in text]
     if len(spare) < 2:
         raise ValueError(
-            "the conversation holds all noncharacters from U+FDD0 on: two must be free"
+            "fewer than two of U+FDD0 to U+FDEF are free: remove such characters from the messages"
         )
     return spare[0], spare[1]
 

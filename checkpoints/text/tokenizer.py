@@ -11,6 +11,10 @@ from .chat import ChatTemplates, check_unicode
 from .vocabularies import AddedToken, JsonVocabulary, Ranks, SentencePieces, Vocabulary
 
 
+class NoTokenizerError(CheckpointError):
+    """A checkpoint directory without a file of a tokenizer."""
+
+
 class Tokenizer:
     """Converts text to ids and back; knows the BOS token and the ids that end a text."""
 
@@ -96,6 +100,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(vocabulary, bos_id, stops, ChatTemplates(directory, settings, special))
 
 
+def check_vocabulary(directory: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise CheckpointError if the tokenizer makes ids for which a model has no embedding."""
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids and the model "
+            f"{vocab_size}: they do not belong together; use the tokenizer of this model"
+        )
+
+
 def read_vocabulary(directory: Path, settings: dict[str, Any]) -> Vocabulary:
     names = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
     in_json, in_pieces, in_ranks = files = [directory / name for name in names]
@@ -109,7 +122,7 @@ def read_vocabulary(directory: Path, settings: dict[str, Any]) -> Vocabulary:
         return Ranks(in_ranks, read_added_tokens(directory, settings))
     found = list_some(sorted(entry.name for entry in directory.iterdir()))
     expected = "tokenizer.json, tokenizer.model or tiktoken.model"
-    raise CheckpointError(f"{directory}: no {expected}; found {found}")
+    raise NoTokenizerError(f"{directory}: no {expected}; found {found}")
 
 
 def read_added_tokens(directory: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:

@@ -34,9 +34,9 @@ SPLIT = "|".join(
         r"\s+",
     ]
 )
-# That file also defines these two. It names two more tokens, for which published models lack rows.
+# From tokenization_kimi.py too; it names two more tokens, for which published models lack rows.
 RESERVED = 256  # ids after the ranks; those without a name are <|reserved_token_N|>
-LONGEST_RUN = 25_000  # of letters or white space: longer ones exceed tiktoken's stack
+LONGEST_RUN = 25_000  # of white space or of other characters: longer ones exceed tiktoken's stack
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # kinds of pieces, in sentencepiece_model.proto
 
 
@@ -292,7 +292,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def split_long_runs(text: str) -> Iterator[str]:
-    """Yield the text in pieces, so that no run of letters or white space is too long."""
+    """Yield the text in pieces that hold no longer run of white space, or of anything else."""
     start = 0
     for run in re.finditer(r"\s+|\S+", text):
         for cut in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):

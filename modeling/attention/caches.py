@@ -58,8 +58,8 @@ class WindowCache(LayerCache):
     """The last entries alone, for queries that see `window` positions.
 
     The entry of position p is in slot p modulo C. The next query sees its own entry, which is not
-    in the cache yet, and window - 1 earlier ones. So C = window - 1 + rollback: entries that are
-    cut off again have overwritten up to `rollback` earlier ones, which the window then needs.
+    in the cache yet, and window - 1 earlier ones. So C = window - 1 + rollback, at most max_length:
+    entries that are cut off again have overwritten up to `rollback` ones that the window needs.
     """
 
     def __init__(
@@ -106,16 +106,16 @@ def positions_in(slots_C: Tensor, length_B1: Tensor) -> Tensor:
     return last_B1 - (last_B1 - slots_C) % max(1, len(slots_C))
 
 
-# Runs a recurrence over inputs (B, L, ...) from states (B, ...); returns outputs (B, L, ...) and
-# the states after them. Where real_BL is False, the input is zero and must not change the states.
+# A recurrence: (states (B, ...), inputs (B, L, ...), real_BL) -> (outputs (B, L, ...), the states
+# after them). Where real_BL is False, the input is zero and must not change the states.
 Recurrence = Callable[[list[Tensor], list[Tensor], Tensor], tuple[Tensor, list[Tensor]]]
 
 
 class StateCache(LayerCache):
     """The states of a recurrence, which begin at zero: a fixed size at any length.
 
-    A state cannot be cut back. So the cache keeps the states at `length - rollback` and the inputs
-    since then. Every append runs these inputs again; cutting back drops the last of them.
+    A state cannot be cut back. So the cache keeps the states at `floors`, at most `rollback`
+    positions back, and the inputs since then. Every append runs these again; a cut drops the last.
     """
 
     def __init__(

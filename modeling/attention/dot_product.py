@@ -1,7 +1,7 @@
 """Scaled dot-product attention with a causal mask, windows and sinks.
 
 Shapes: B batch, T new tokens, S keys to attend to, H heads, J key-value heads, P head width, M
-value width.
+value width, p and m padded widths, s = S + 1.
 """
 
 import torch
@@ -65,9 +65,9 @@ def attend_with_sinks(
 ) -> Tensor:
     """`attend` with one more score per head in each softmax, `sinks_H`, which has no value.
 
-    So a head may attend to nothing (Xiao et al. 2023, section 3.3; gpt-oss). Computed as one more
-    key: every query gets a dimension that holds its head's sink, which only that key has too;
-    it stands at position 0 and has a value of zeros. So torch's kernels compute the softmax.
+    So a head may attend to nothing (Xiao et al. 2023, section 3.3; gpt-oss). The sink becomes a key
+    before all others, with a value of zeros. A new dimension holds the head's sink in every query,
+    1 in this key and 0 in the others, so torch's kernels compute the whole softmax.
     """
     sink_BHT1 = (sinks_H / scale)[:, None, None].expand(*q_BHTP.shape[:3], 1)
     q_BHTp = torch.cat([q_BHTP, sink_BHT1.to(q_BHTP.dtype)], dim=-1)

@@ -8,8 +8,8 @@ key is [W_UK c | r] and its value W_UV c. Two forms compute the same:
             carry the result out with W_UV: nothing is made per cached position.
 
 Shapes: B batch, T new tokens, S positions so far, D model width, H heads, P head width without
-position, R rotated width, M value width, C latent rank, Q query rank, W = C + R, p and m a head's
-whole query and its key and value, h = H * (P + M).
+position, R rotated width, M value width, C latent rank, Q query rank, W = C + R; p = P + R for a
+head's whole query or key, m = P + M for its key without position and value, h = H * m.
 """
 
 from collections import OrderedDict

@@ -101,7 +101,7 @@ def estimate_seconds(measured: Mapping[int, Sequence[float]], count: int) -> flo
     """The median of the measured seconds with `count` drafts, or an estimate without any.
 
     measured: by number of drafts, 0 among these numbers. The estimate lies on the line through the
-    nearest number on each side, or through the two largest; it never falls as `count` grows.
+    nearest number on each side, or through the two largest; a line that falls is taken as flat.
     """
     medians = {tried: median(seconds) for tried, seconds in measured.items()}
     if count in medians or len(medians) == 1:

@@ -81,7 +81,7 @@ class GenerationStatistics:
 
     @property
     def generation_tokens_per_second(self) -> float:
-        """Speed without the first token, which comes from the forward over the prompt."""
+        """Speed of one sequence without its first token, which the prompt's forward gives."""
         return max(0, self.generated_tokens - 1) / max(self.generation_seconds, 1e-9)
 
     @property
@@ -168,19 +168,18 @@ def make_rows(
 ) -> list["Row"]:
     """A row for each prompt; ValueError, before any work, if `generate` cannot continue it."""
     if seed is not None and not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed = {seed}: must be a number of 64 bits")
+        raise ValueError(f"seed = {seed}: must be from -2**63 to 2**64 - 1")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: must be >= 0")
     if draft_tokens != "auto" and not (isinstance(draft_tokens, int) and draft_tokens >= 0):
         raise ValueError(f'draft_tokens = {draft_tokens}: must be >= 0, or "auto"')
     if draft_tokens and not model.mtp:
-        raise ValueError("draft_tokens needs MTP modules, and this model has none loaded")
-    for path, module in model.named_modules():
-        if getattr(module, "sees_other_tokens", False):
-            raise ValueError(
-                f"{path} routes each token by all tokens of a forward, later ones included: "
-                "such a model cannot generate text"
-            )
+        raise ValueError("draft_tokens needs MTP modules, and none are loaded: load them, or use 0")
+    if (path := find_non_causal(model)) is not None:
+        raise ValueError(
+            f"{path} routes each token by all tokens of a forward, later ones included: "
+            "such a model cannot generate text"
+        )
     limit, vocab_size = model.config.max_length, model.config.vocab_size
     for prompt in prompts:
         for position, token in enumerate(prompt):
@@ -201,6 +200,12 @@ def make_rows(
     return [
         Row(list(prompt), len(prompt) + max_new_tokens, RandomStream(seed)) for prompt in prompts
     ]
+
+
+def find_non_causal(model: Transformer) -> str | None:
+    """The path of a module in which a token sees later ones; None: there is none."""
+    modules = model.named_modules()
+    return next((path for path, m in modules if getattr(m, "sees_other_tokens", False)), None)
 
 
 def make_count_rule(draft_tokens: DraftCount, max_new_tokens: int) -> FixedCount | MeasuredCount:
@@ -290,7 +295,7 @@ def decode(
 def gather_weights(model: Transformer) -> Iterator[None]:
     """Gather the model's weights outside its layers, if `fully_shard` has sharded them.
 
-    It gathers weights in `forward` only: generation calls that of the layers, not of the model.
+    `fully_shard` gathers weights in a `forward`, and generation calls only those of the layers.
     """
     unshard, reshard = getattr(model, "unshard", None), getattr(model, "reshard", None)
     if unshard is None or reshard is None:

@@ -5,11 +5,12 @@ drawn from q, and the model's own distribution is p. The draft is accepted with 
 min(1, p / q); if rejected, it is replaced by a draw from max(0, p - q), normalised. The result is
 distributed as p. Both p and q are the distributions after all filters.
 
-Shapes: V vocabulary.
+Shapes: V vocabulary, n tokens to choose at most.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "be >= 0"),
+            ("temperature", self.temperature, 0 <= self.temperature < inf, "be finite and >= 0"),
             ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "be >= 1"),
             ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "be in (0, 1]"),
             ("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "be in [0, 1]"),
@@ -116,7 +117,7 @@ class Sampling:
 
 def check_not_nan(logits_V: Tensor) -> Tensor:
     if logits_V.isnan().any():
-        raise ValueError("the model's logits contain NaN: its weights are damaged")
+        raise ValueError("the logits contain NaN: verify the weights, or load them in float32")
     return logits_V
 
 

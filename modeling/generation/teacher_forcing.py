@@ -1,6 +1,6 @@
 """The drafts of the MTP modules at every position of a given text, any number of tokens ahead.
 
-The simple twin of `drafting`: at each position, tokens are drafted as if the text ended there, but
+The simple form of `drafting`: at each position, tokens are drafted as if the text ended there, but
 each draft reads the tokens of the text instead of the drafts before it. So one pass over a text
 measures the drafts of every depth, under any wiring, without generating text.
 

@@ -49,7 +49,7 @@ def test_one_number_truncates_every_row_of_every_layer():
     for layer in layers:
         layer.append(torch.zeros(2, 5, 3))
     cache = Cache(layers)
-    assert (cache.length, cache.lengths, cache.max_length) == (5, [5, 5], 8)
+    assert (cache.length, cache.lengths) == (5, [5, 5])
     cache.truncate(4)
     assert [layer.lengths for layer in layers] == [[4, 4]] * 3
     cache.truncate([1, 3])

@@ -346,7 +346,7 @@ def test_keeping_no_logits_is_refused(logits_to_keep):
 @pytest.mark.parametrize(("rows", "cached_rows"), [(1, 2), (2, 1)])
 def test_a_cache_of_another_number_of_rows_is_refused(rows, cached_rows):
     model = transformer(model_config(mla()))
-    with pytest.raises(ValueError, match=f"{rows} rows of tokens for a cache of {cached_rows}"):
+    with pytest.raises(ValueError, match=f"{rows} rows of tokens, but {cached_rows} in the cache"):
         model(torch.ones(rows, 3, dtype=torch.int64), cache=model.make_cache(cached_rows, 8))
 
 

@@ -132,7 +132,7 @@ def test_the_z_loss_is_the_mean_squared_log_of_the_summed_exponentials():
     # exponentials sum to 4 and to e: log(4)^2 and 1
     logits_NE = torch.tensor([[math.log(1), math.log(3)], [1 - math.log(2)] * 2])
     logits_NE.requires_grad_()
-    routing = Routing(logits_NE, torch.zeros(2, 1, dtype=torch.int64), logits_NE, logits_NE)
+    routing = Routing(logits_NE, torch.zeros(2, 2, dtype=torch.int64), logits_NE, logits_NE)
     loss = router_z_loss(routing)
     assert loss.item() == pytest.approx((math.log(4) ** 2 + 1) / 2)
     loss.backward()

@@ -92,8 +92,8 @@ WRONG = {
     "literal": (["z", None, 1], "one of x, y"),
     "even": ([1, "2", None], "an even number"),
     "maybe": ([0, "3", 1.5], "a whole number >= 1 or None"),
-    "clamp": ([1, "clamp", (CLAMP,)], "a Clamp or None"),
-    "clamps": ([None, [CLAMP], CLAMP], "a tuple"),
+    "clamp": ([1, "clamp", (CLAMP,)], "of type Clamp or None"),
+    "clamps": ([None, [CLAMP], CLAMP], "of type tuple"),
     "counts": ([(1, 0), ("1",), (None,)], "a tuple, each a whole number >= 1"),
 }
 
@@ -251,7 +251,7 @@ def test_a_gate_needs_a_shared_expert():
 def test_a_router_that_cannot_be_built_is_refused(value):
     said = refusal(MoEConfig, router=value, expert_width=1)
     assert said.startswith("MoEConfig.router = ")
-    assert said.endswith("must be a RouterConfig")
+    assert said.endswith("must be of type RouterConfig")
 
 
 def test_a_router_that_breaks_the_contract_is_refused_when_it_is_built():

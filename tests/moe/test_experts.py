@@ -247,7 +247,8 @@ def make_experts(dtype=torch.float32, biased=False, clamp=None):
         for parameter, bias in zip(parameters, biases, strict=True):
             parameter.data = bias
     nothing_NE = torch.zeros(5, 4)
-    routing = Routing(weights_NK.to(dtype), experts_NK, nothing_NE, nothing_NE)
+    wide = torch.promote_types(dtype, torch.float32)
+    routing = Routing(weights_NK.to(wide), experts_NK, nothing_NE, nothing_NE)
     expected_ND = reference_experts(x_ND, weights_NK, experts_NK, *stacks, biases, clamp)
     return experts.to(dtype), x_ND.to(dtype), routing, expected_ND
 

@@ -199,7 +199,7 @@ def test_two_models_at_once_are_told_apart_by_an_error(model):
     both = nn.ModuleDict({"student": model, "teacher": copy.deepcopy(model)})
     with record_routing(both):
         both["student"](make_x(1, 2))
-        with pytest.raises(ValueError, match="two routers have routed in layer 1"):
+        with pytest.raises(ValueError, match="two routers routed in layer 1"):
             both["teacher"](make_x(1, 2))
 
 

@@ -470,7 +470,7 @@ def test_trap_32_scales_multiply_despite_their_name(tmp_path):
     model = load_model(path, dtype=torch.float32, progress=False)
     assert model.layers[0].attention.o.weight.equal(raw.float() * 4)
     write_tensors(path, tensors | {name: raw})
-    with pytest.raises(CheckpointError, match="without its scale the weight is unknown"):
+    with pytest.raises(CheckpointError, match="download the file that holds its scale"):
         load_model(path, progress=False)
 
 

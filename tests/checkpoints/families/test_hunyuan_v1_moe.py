@@ -194,8 +194,9 @@ def test_what_is_not_known_is_refused(tmp_path, key, value):
 
 
 def test_there_is_one_shared_expert_in_every_layer(tmp_path):
-    said = "num_shared_expert: expected one in every layer"
-    check_refused(tmp_path, said, A13B, num_shared_expert=[1] * 31 + [2])
+    counts = [1] * 31 + [2]
+    said = f"num_shared_expert = {counts}, expected 1 in every layer"
+    check_refused(tmp_path, said, A13B, num_shared_expert=counts)
 
 
 def test_the_width_of_a_head_has_two_names():

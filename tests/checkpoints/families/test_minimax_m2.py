@@ -150,7 +150,9 @@ def test_what_the_family_does_not_have_is_refused(tmp_path, key, value):
 
 
 def test_layers_of_linear_attention_are_refused(tmp_path):
-    check_refused(tmp_path, "attn_type_list: expected 1", M2, attn_type_list=[1] * 61 + [0])
+    kinds = [1] * 61 + [0]
+    said = f"attn_type_list = {kinds}, expected 1 (full attention) in every layer"
+    check_refused(tmp_path, said, M2, attn_type_list=kinds)
 
 
 def test_trap_09_the_rotated_width_is_read_under_either_name():

@@ -138,7 +138,9 @@ def test_a_tensor_in_two_files_is_named_with_both(tiny):
 def test_files_without_their_index_are_an_unfinished_copy(tiny):
     path = tiny()
     (path / INDEX).unlink()
-    with pytest.raises(CheckpointError, match=f"weight files without {INDEX}: an unfinished copy"):
+    with pytest.raises(
+        CheckpointError, match=f"has weight files but no {INDEX}: an unfinished copy"
+    ):
         load_model(path, progress=False)
 
 

@@ -217,7 +217,7 @@ def test_truncating_another_number_of_rows_is_refused():
 
 
 def test_impossible_caches_and_truncations_are_refused_by_name():
-    with pytest.raises(ValueError, match="0 rows and 4 positions"):
+    with pytest.raises(ValueError, match="0 rows, 4 positions, rollback"):
         EntryCache(0, 4, [3])
     with pytest.raises(ValueError, match="1 lengths for a cache of 2 rows"):
         EntryCache(2, 4, [3]).truncate([0])
