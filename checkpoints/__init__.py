@@ -1,7 +1,7 @@
 """Public checkpoints in and out. All knowledge of files, names and families is in here."""
 
 from .config_file import CheckpointError
-from .contents import own_state, read_headers
+from .contents import build_on_meta, own_state, read_headers
 from .convert import companions, convert
 from .load import load_model
 from .published_config import read_config, unread_keys

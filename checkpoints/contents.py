@@ -57,8 +57,12 @@ def compare_files(
     may be in the files.
     """
     family = find_family(config, directory)
-    weights, errors = find_weights(shards, find_quantization_config(Fields(config.published)))
-    model = build_on_meta(config)
+    try:
+        model = build_on_meta(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+    quantization = find_quantization_config(Fields(config.published))
+    weights, errors = find_weights(shards, quantization, find_integers(model))
     contents = Contents(model, weights, errors=errors)
     if far_too_large := check_size(contents.shapes, shards, directory):
         contents.errors.append(far_too_large)
@@ -84,9 +88,33 @@ def compare_files(
 
 
 def build_on_meta(config: ModelConfig) -> Transformer:
-    """Build the model on the meta device, where it takes no memory."""
-    with torch.device("meta"):
-        return Transformer(config)
+    """Build the model on the meta device, where it takes no memory.
+
+    Raises CheckpointError if it cannot be built there, or has tensors that no file would hold.
+    """
+    try:
+        with torch.device("meta"):
+            model = Transformer(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"the model cannot be built on the meta device, where no value can be read: {reason}"
+        ) from error
+    saved = model.state_dict()
+    for path, module in model.named_modules():
+        own = vars(module) | dict(module.named_buffers(recurse=False))
+        for name, value in own.items():
+            if isinstance(value, Tensor) and f"{path}.{name}".lstrip(".") not in saved:
+                raise CheckpointError(
+                    f"{path}.{name} is in no file, so it cannot be loaded: make it a persistent "
+                    "buffer, or compute it in forward"
+                )
+    return model
+
+
+def find_integers(model: Transformer) -> set[str]:
+    """Our names of the tensors that hold whole numbers or flags."""
+    return {name for name, tensor in own_state(model).items() if not tensor.is_floating_point()}
 
 
 def list_entries(
@@ -133,7 +161,9 @@ def read_headers(path: str | Path) -> tuple[dict[str, StoredTensor], dict[str, W
     directory = Path(path)
     config = read_config(directory)
     with open_shards(directory) as shards:
-        weights, errors = find_weights(shards, find_quantization_config(Fields(config.published)))
+        quantization = find_quantization_config(Fields(config.published))
+        integers = find_integers(build_on_meta(config))
+        weights, errors = find_weights(shards, quantization, integers)
         raise_any(errors)
         return shards.tensors, weights
 

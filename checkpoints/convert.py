@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config_file import CheckpointError
 from .contents import Contents, compare_files
-from .load import choose_dtypes, find_dtype, read_if_different, untie_head
+from .load import choose_dtypes, find_dtype, find_model_dtype, read_if_different, untie_head
 from .mapping import Entry, Shape
 from .precision import Precision
 from .published_config import find_family, read_config
@@ -36,7 +36,7 @@ def convert(
 ) -> None:
     """Write the checkpoint at `source` into the new directory `target`.
 
-    dtype, to: as in `save_model`, but a dtype of None makes quantised weights bfloat16.
+    dtype, to: as in `save_model`, but a dtype of None gives quantised weights the embedding's.
     classes: as in `load_model`. The source is checked as for loading. Its other files, such as the
     tokenizer's, are copied.
     Raises CheckpointError, and writes nothing, if the source is damaged or the target not empty.
@@ -67,9 +67,12 @@ def plan_as_stored(
     """Plan every weight under its published name. stacks: as in `Precision`."""
     ours = {entry.published: entry.ours[0] for entry in contents.entries}
     precision = Precision(contents.model, dtype, stacks)
+    model_dtype = find_model_dtype(contents, shards)
     tensors = []
     for name, weight in contents.weights.items():
-        kept = precision.choose(ours.get(name), name, weight.shape, find_dtype(weight, shards))
+        kept = precision.choose(
+            ours.get(name), name, weight.shape, find_dtype(weight, shards, model_dtype)
+        )
         make = partial(
             weight.read, shards, choose_read_dtype(kept) if weight.quantized else None, "cpu"
         )
@@ -123,12 +126,6 @@ def assemble_tensor(
 def choose_read_dtype(kept: torch.dtype) -> torch.dtype:
     """The dtype to read a quantised weight in before it is stored as `kept`: it is rounded once."""
     return torch.float32 if kept == FP8 else kept
-
-
-def find_model_dtype(contents: Contents, shards: Shards) -> torch.dtype:
-    """The dtype of the embedding, which no format quantises."""
-    names = [entry.published for entry in contents.entries if entry.ours == ("embed.weight",)]
-    return find_dtype(contents.weights[names[0]], shards)
 
 
 def companions(directory: Path) -> list[Path]:

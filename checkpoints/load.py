@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from modeling import ModelConfig, Transformer
 
-from .contents import Contents, build_on_meta, compare_files
+from .contents import Contents, build_on_meta, compare_files, find_integers, own_state
 from .mapping import Entry
 from .precision import find_exact
 from .published_config import read_config
-from .storage.shards import READABLE, Shards, open_shards, raise_any
+from .storage.shards import INTEGERS, READABLE, Shards, open_shards, raise_any
 from .storage.weights import Weight
 
 
@@ -34,15 +34,19 @@ def load_model(
 ) -> Transformer:
     """Load the model of a checkpoint directory, in eval mode and without gradients.
 
-    dtype: of the weights; None keeps the stored dtypes, and makes quantised weights bfloat16. The
-    tensors that a module calls `exact`, such as a selection bias, stay in float32 at least.
+    dtype: of the weights; None keeps the stored dtypes, and gives quantised weights that of the
+    embedding. The tensors that a module calls `exact`, such as a selection bias, stay in float32 at
+    least, and integers stay as they are.
     mtp: load the MTP modules. If the config announces modules and the files hold no tensor of
     them, the model is loaded without modules, with a warning.
     layers: load only the first `layers` layers, without MTP modules.
     classes: config classes from outside the package that a file in our own format may name.
     Raises CheckpointError (a ValueError) for any missing, unexpected, misshapen or unknown tensor
-    or config field.
+    or config field, and ValueError for a dtype that weights cannot have.
     """
+    if dtype not in (None, *READABLE.values()):
+        known = ", ".join(map(str, READABLE.values()))
+        raise ValueError(f"dtype = {dtype!r}: expected None, {known}")
     directory = Path(path)
     config = read_config(directory, classes)
     with open_shards(directory) as shards:
@@ -113,19 +117,27 @@ def choose_dtypes(
     contents: Contents, shards: Shards, wanted: torch.dtype | None = None
 ) -> dict[str, torch.dtype]:
     """The dtype of each of our tensors: `wanted`, or one that holds all dtypes it is stored in."""
-    dtypes: dict[str, torch.dtype] = {}
-    exact = find_exact(contents.model)
+    state, model_dtype = own_state(contents.model), find_model_dtype(contents, shards)
+    integers, exact = find_integers(contents.model), find_exact(contents.model)
+    dtypes = {name: state[name].dtype for name in integers}
     for entry in contents.entries:
-        kept = wanted or find_dtype(contents.weights[entry.published], shards)
-        for name in entry.ours:
+        kept = wanted or find_dtype(contents.weights[entry.published], shards, model_dtype)
+        for name in set(entry.ours) - integers:
             least = torch.float32 if name in exact else kept
             dtypes[name] = torch.promote_types(dtypes.get(name, least), kept)
     return dtypes
 
 
-def find_dtype(weight: Weight, shards: Shards) -> torch.dtype:
-    """The dtype that a weight is read in by default."""
-    return torch.bfloat16 if weight.quantized else READABLE[shards.tensors[weight.names[0]].dtype]
+def find_dtype(weight: Weight, shards: Shards, model_dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a weight is read in by default: as it is stored, or that of the model."""
+    stored = shards.tensors[weight.names[0]].dtype
+    return model_dtype if weight.quantized else (READABLE | INTEGERS)[stored]
+
+
+def find_model_dtype(contents: Contents, shards: Shards) -> torch.dtype:
+    """The dtype of the embedding, which no format quantises."""
+    names = [entry.published for entry in contents.entries if entry.ours == ("embed.weight",)]
+    return find_dtype(contents.weights[names[0]], shards, torch.bfloat16)
 
 
 def read_if_different(

@@ -14,6 +14,7 @@ from torch import nn
 from modeling import Transformer
 
 from .config_file import CheckpointError
+from .storage.shards import READABLE
 from .storage.writing import FP8
 
 
@@ -24,6 +25,9 @@ class Precision:
     """
 
     def __init__(self, model: Transformer, wanted: torch.dtype | None, stacks: bool) -> None:
+        if wanted not in (None, FP8, *READABLE.values()):
+            known = ", ".join(map(str, (*READABLE.values(), FP8)))
+            raise ValueError(f"dtype = {wanted!r}: expected None, {known}")
         self.wanted, self.stacks = wanted, stacks
         self.exact = find_exact(model)
         self.quantizable = find_quantizable(model) if wanted == FP8 else set()
@@ -46,12 +50,23 @@ class Precision:
         return FP8
 
 
+def read_names(path: str, module: nn.Module, attribute: str) -> tuple[str, ...]:
+    """The names of its own tensors that a module declares; CheckpointError for anything else."""
+    names = getattr(module, attribute, ())
+    if not isinstance(names, tuple) or not all(hasattr(module, str(name)) for name in names):
+        raise CheckpointError(
+            f"{path}, a {type(module).__name__}: {attribute} = {names!r}, expected a tuple of the "
+            "names of its own tensors"
+        )
+    return names
+
+
 def find_exact(model: Transformer) -> set[str]:
     """The names of the tensors that keep float32 at least, whatever dtype is requested."""
     return {
         f"{path}.{name}"
         for path, module in model.named_modules()
-        for name in getattr(module, "exact", ())
+        for name in read_names(path, module, "exact")
     }
 
 
@@ -72,7 +87,7 @@ def find_quantizable(model: Transformer) -> set[str]:
                 f"{path}, a {type(module).__name__}, does not say whether {', '.join(own)} may be "
                 "quantised: give it an attribute quantizable, a tuple of names"
             )
-        found |= {f"{path}.{name}" for name in getattr(module, "quantizable", ())}
+        found |= {f"{path}.{name}" for name in read_names(path, module, "quantizable")}
     return found
 
 

@@ -33,6 +33,8 @@ def interpret(path: Path, classes: Sequence[type] = ()) -> tuple[ModelConfig, Fi
     file = find_config_file(path)
     fields = Fields(read_json(file))
     name = str(fields.find(["model_type"], "")[1])
+    if not name:
+        raise CheckpointError(f"{file}: model_type is missing")
     if name in NOT_YET:
         raise CheckpointError(f"{file}: model_type {name} is not supported: {NOT_YET[name]}")
     if name not in FAMILIES:
@@ -48,6 +50,8 @@ def interpret(path: Path, classes: Sequence[type] = ()) -> tuple[ModelConfig, Fi
         refuse_unread_mechanisms(fields, name)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
+    except RecursionError:
+        raise CheckpointError(f"{file}: nested too deeply") from None
     return config, fields
 
 

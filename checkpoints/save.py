@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modeling import ModelConfig, Transformer
 from moe import ConfigError
@@ -53,9 +53,11 @@ def plan_checkpoint(
     model: Transformer, dtype: torch.dtype | None = None, to: str | None = None
 ) -> tuple[dict[str, Any], list[PlannedTensor]]:
     """The config.json and the tensors that `save_model` writes; raises the same errors."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     family, config_json = choose_layout(model.config, to)
     described, state = build_on_meta(model.config), own_state(model)
     check_tensors(state, own_state(described))
+    check_shared_parameters(model)
     precision = Precision(described, dtype, stacks=family.rules is None)
     whole = WholeTensors(state)
     try:
@@ -136,7 +138,30 @@ def check_tensors(state: Mapping[str, Tensor], described: Mapping[str, Tensor]) 
     if found:
         raise CheckpointError(
             f"the model differs from model.config: {list_some(found, separator='; ')}. "
-            "Merge adapters before saving; if you changed the model's parts, change its config too"
+            "Merge adapters before saving; if you changed the model's parts, change its config too "
+            "(MTP modules are numbered on from the main layers: mtp.3 follows layers.2)"
+        )
+
+
+def check_shared_parameters(model: Transformer) -> None:
+    """Raise CheckpointError if loading would separate parameters, or join them.
+
+    Only the embedding and the head of a tied model are one parameter.
+    """
+    if model.device.type == "meta":
+        raise CheckpointError("the model is on the meta device: it has no weights to save")
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(parameter, name)
+        if other != name and not (name == "head.weight" and model.config.tied_embeddings):
+            raise CheckpointError(
+                f"{name} and {other} are one parameter, and would be two when loaded: give each "
+                "module its own"
+            )
+    if model.config.tied_embeddings and "head.weight" in first.values():
+        raise CheckpointError(
+            "the config ties the head to the embedding, and head.weight is another parameter: set "
+            "tied_embeddings=False in model.config"
         )
 
 

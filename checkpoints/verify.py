@@ -49,12 +49,13 @@ def verify(
     with survey_shards(directory) as shards:
         errors += shards.problems
         if config is not None:
-            contents = compare_files(directory, config, shards)
-            errors += contents.errors
-            notes += contents.notes
-            if values:
-                found = check_values(contents, shards, progress)
-                errors += found
+            try:
+                contents = compare_files(directory, config, shards)
+                errors += contents.errors
+                notes += contents.notes
+                errors += check_values(contents, shards, progress) if values else []
+            except CheckpointError as error:  # of a model that cannot be built
+                errors.append(str(error))
     text_errors, text_notes = check_text_files(directory, config)
     return errors + text_errors, notes + text_notes
 

@@ -37,7 +37,7 @@ class AttentionConfig(Protocol):
     """A kind of attention: `GQAConfig`, `MLAConfig`, or anybody's frozen dataclass."""
 
     def build(self, d_model: int) -> nn.Module:
-        """The `Attention`, its weights drawn."""
+        """The `Attention`, its weights drawn; on the meta device too, where no value is read."""
 
 
 @runtime_checkable

@@ -93,7 +93,7 @@ def mtp_loss(
     depth_states: of `Transformer.mtp_hidden_states` for tokens_BT; heads: `Transformer.mtp_heads`.
     The paper's lambda / D is depth_weights = [lambda / D] * D. mask_BT, documents_BT: as in
     `next_token_loss`.
-    Raises ValueError unless there is one weight per depth.
+    0 without depths. Raises ValueError unless there is one weight per depth.
     """
     if len(depth_weights) != len(depth_states):
         raise ValueError(
@@ -105,4 +105,4 @@ def mtp_loss(
             zip(depth_weights, depth_states, heads, strict=True), start=1
         )
     ]
-    return torch.stack(losses).sum()
+    return torch.stack(losses).sum() if losses else torch.zeros((), device=tokens_BT.device)

@@ -13,5 +13,5 @@ from .experts import Biases, Experts, experts_grouped, experts_loop
 from .feed_forward import Clamp, DenseConfig, FeedForward
 from .layer import MoE, MoEConfig
 from .record import record_routing, routers
-from .routing import ExpertChoice, Router, RouterConfig, Routing, TopK, TopP
+from .routing import ExpertChoice, Router, RouterConfig, Routing, TopK, TopP, exact_products
 from .segments import is_traced

@@ -52,9 +52,9 @@ class Router(Protocol):
     """What a sparse layer asks of its router, an `nn.Module` that a `RouterConfig` builds.
 
     Called with x_ND, N >= 0, it returns a `Routing` whose weights and scores are float32 at least,
-    under autocast too. Recording, losses and balancing go by what it returns. `selection_bias` is
-    a buffer, (E,), that training moves against the load; None for a router that is not balanced
-    so. `sees_other_tokens = True` says that what a token gets depends on other tokens.
+    under autocast too (see `exact_products`). Recording, losses and balancing go by it.
+    `selection_bias` is a buffer, (E,), that training moves against the load; None for a router that
+    is not balanced so. `sees_other_tokens = True` says that a token's experts depend on others.
     """
 
     num_experts: int

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         help="dtype of the weights; fp8: one scale for each block of 128 x 128 "
-        "(default: as stored; bfloat16 for quantised weights)",
+        "(default: as stored; that of the embedding for quantised weights)",
     )
     parser.add_argument(
         "--max-shard-size",

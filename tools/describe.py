@@ -11,6 +11,7 @@ import torch
 
 from checkpoints import (
     CheckpointError,
+    build_on_meta,
     load_tokenizer,
     read_config,
     read_headers,
@@ -43,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """Everything that `describe` shows, as data for JSON."""
     config = read_config(path)
-    with torch.device("meta"):
-        model = Transformer(config).to(torch.bfloat16)
+    model = build_on_meta(config).to(torch.bfloat16)
     counted = count_parameters(model)
     stored, weights = read_headers(path) if path.is_dir() else ({}, {})
     kinds = Counter(weight.stored_as for weight in weights.values())

@@ -66,7 +66,8 @@ def rope_config(fields: Fields, width: int) -> RopeConfig:
     if section is None or section.raw.get("rope_type", section.raw.get("type")) != "dynamic":
         return llama.rope_config(fields, width)
     theta = fields.number("rope_theta", default=10000.0, above=1.0)
-    theta = section.number("rope_theta", default=theta, above=1.0)
+    if section.has("rope_theta"):
+        theta = section.number("rope_theta", above=1.0)
     alpha = section.number("alpha", above=0.0)
     # the release carries YaRN's keys too, at values that change nothing
     section.number("factor", default=1.0)

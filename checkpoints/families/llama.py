@@ -80,7 +80,8 @@ def rope_config(
     theta = fields.number("rope_theta", default=theta)
     if section is None:
         return RopeConfig(width=width, theta=theta, layout=layout)
-    theta = section.number("rope_theta", default=theta)
+    if section.has("rope_theta"):
+        theta = section.number("rope_theta")
     kind = section.choice("rope_type", "type", known=["default", "yarn"], default="default")
     plain = RopeConfig(width=width, theta=theta, layout=layout)
     rope = replace(plain, **yarn(section)) if kind == "yarn" else plain
@@ -99,8 +100,8 @@ def rotated_width(fields: Fields, default: float = 1.0) -> int:
     """The rotated width of a head: partial_rotary_factor times its width, rounded down."""
     section = rope_section(fields)
     factor = fields.number("partial_rotary_factor", default=default, above=0.0, at_most=1.0)
-    if section is not None:
-        factor = section.number("partial_rotary_factor", default=factor, above=0.0, at_most=1.0)
+    if section is not None and section.has("partial_rotary_factor"):
+        factor = section.number("partial_rotary_factor", above=0.0, at_most=1.0)
     width = head_width(fields)
     if factor == 1.0:
         return width

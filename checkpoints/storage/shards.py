@@ -17,12 +17,22 @@ from torch import Tensor
 from ..config_file import CheckpointError, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_MAPPED_BYTES = 64 * 2**20  # bytes
+MAX_MAPPED_BYTES = 64 * 2**20
 READABLE = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+}
+
+
+INTEGERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 

@@ -5,7 +5,7 @@ exceptions in published configs do not always fit the files.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from .quantized import (
     dequantize_mxfp4,
     scale_fits,
 )
-from .shards import READABLE, Shards, StoredTensor
+from .shards import INTEGERS, READABLE, Shards, StoredTensor
 
 DType = torch.dtype | None  # None: as it is stored, or bfloat16 if it is quantised
 Device = torch.device | str
@@ -211,22 +211,26 @@ def find_scheme(weight: str, quantization: Mapping[str, Any]) -> Mapping[str, An
 
 
 def find_weights(
-    shards: Shards, quantization: Mapping[str, Any] | None
+    shards: Shards, quantization: Mapping[str, Any] | None, integers: Collection[str] = ()
 ) -> tuple[dict[str, Weight], list[str]]:
     """Every weight by the name of its plain tensor, and a problem for each damaged one.
 
     Reads headers only. quantization: a quantization_config that `check_method` has accepted.
+    integers: names of tensors that hold whole numbers or flags.
     """
     found: dict[str, Parts] = {}
     for name, stored in shards.tensors.items():
         if not name.endswith((".input_scale", ".activation_scale")):  # of activations
-            weight = find_weight_name(name, shards.tensors)
+            weight = name if name in integers else find_weight_name(name, shards.tensors)
             found.setdefault(weight, {})[name.removeprefix(weight)] = stored
     weights: dict[str, Weight] = {}
     problems = []
     for weight, parts in found.items():
         try:
-            weights[weight] = make_weight(weight, parts, quantization or {}, shards)
+            if weight in integers:
+                weights[weight] = make_integers(weight, parts[""])
+            else:
+                weights[weight] = make_weight(weight, parts, quantization or {}, shards)
         except CheckpointError as error:
             problems.append(str(error))
     return weights, problems
@@ -267,6 +271,13 @@ def make_weight(
             context = f"with {made.names[0]} stored as {made.stored_as}"
             raise make_error(stored, f"{weight}{suffix} is not supported {context}", CONVERT)
     return made
+
+
+def make_integers(name: str, stored: StoredTensor) -> PlainWeight:
+    if stored.dtype not in INTEGERS:
+        found = f"{name} is {stored.dtype}, expected {', '.join(INTEGERS)}"
+        raise make_error(stored, found, AGAIN)
+    return PlainWeight((name,), stored.file, stored.shape, stored.dtype)
 
 
 def make_mxfp4_weight(weight: str, parts: Parts) -> Mxfp4Weight:

@@ -35,7 +35,7 @@ class EntryCache(LayerCache):
         T, device = new_BTW[0].shape[1], new_BTW[0].device
         counts = [T] * len(self.lengths) if counts is None else counts
         ends = self.lengths_after(counts)
-        self.fit(new_BTW[0])
+        self.fit(widest(new_BTW))
         starts, self.lengths = self.lengths, ends
         if len({*zip(starts, counts, strict=True), (starts[0], T)}) == 1:
             for tensor, new in zip(self.tensors, new_BTW, strict=True):
@@ -80,7 +80,7 @@ class WindowCache(LayerCache):
         """See `EntryCache.append`; a negative position marks an empty slot."""
         T, C, device = new_BTW[0].shape[1], self.kept, new_BTW[0].device
         ends = self.lengths_after([T] * len(self.lengths) if counts is None else counts)
-        self.fit(new_BTW[0])
+        self.fit(widest(new_BTW))
         starts, self.lengths = self.lengths, ends
         start_B1 = torch.tensor(starts, device=device)[:, None]
         end_B1 = torch.tensor(ends, device=device)[:, None]
@@ -100,6 +100,14 @@ class WindowCache(LayerCache):
         return [e.to(new.dtype) for e, new in pairs], torch.cat([held_BC, new_BT], dim=1)
 
 
+def widest(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensor of the largest dtype."""
+    found = tensors[0]
+    for tensor in tensors[1:]:
+        found = tensor if tensor.dtype.itemsize > found.dtype.itemsize else found
+    return found
+
+
 def positions_in(slots_C: Tensor, length_B1: Tensor) -> Tensor:
     """The position whose entry each slot holds, in rows of these lengths; negative: none."""
     last_B1 = length_B1 - 1
@@ -107,7 +115,8 @@ def positions_in(slots_C: Tensor, length_B1: Tensor) -> Tensor:
 
 
 # A recurrence: (states (B, ...), inputs (B, L, ...), real_BL) -> (outputs (B, L, ...), the states
-# after them). Where real_BL is False, the input is zero and must not change the states.
+# after them). States and inputs are lists, and L may be 0. Where real_BL is False, the input is 0
+# and must not change the states. An append calls it twice, so it must be a pure function.
 Recurrence = Callable[[list[Tensor], list[Tensor], Tensor], tuple[Tensor, list[Tensor]]]
 
 

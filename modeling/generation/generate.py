@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
+from operator import index
 from typing import Literal
 
 import torch
@@ -130,8 +131,9 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     statistics = GenerationStatistics()
     rows = make_rows(model, [prompt_ids], max_new_tokens, draft_tokens, seed)
+    stop_set = set(read_ids(stop_ids, "stop_ids"))
     rule = make_count_rule(draft_tokens, max_new_tokens)
-    return Generation(decode(model, rows, sampling, set(stop_ids), rule, statistics), statistics)
+    return Generation(decode(model, rows, sampling, stop_set, rule, statistics), statistics)
 
 
 def generate_batch(
@@ -153,8 +155,9 @@ def generate_batch(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     rows = make_rows(model, prompts, max_new_tokens, draft_tokens, seed)
+    stop_set = set(read_ids(stop_ids, "stop_ids"))
     rule = make_count_rule(draft_tokens, max_new_tokens)
-    for _ in decode(model, rows, sampling, set(stop_ids), rule, GenerationStatistics()):
+    for _ in decode(model, rows, sampling, stop_set, rule, GenerationStatistics()):
         pass
     return [row.tokens[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
@@ -167,12 +170,12 @@ def make_rows(
     seed: int | None,
 ) -> list["Row"]:
     """A row for each prompt; ValueError, before any work, if `generate` cannot continue it."""
-    if seed is not None and not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed = {seed}: must be from -2**63 to 2**64 - 1")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens = {max_new_tokens}: must be >= 0")
-    if draft_tokens != "auto" and not (isinstance(draft_tokens, int) and draft_tokens >= 0):
-        raise ValueError(f'draft_tokens = {draft_tokens}: must be >= 0, or "auto"')
+    if seed is not None and not (type(seed) is int and -(2**63) <= seed < 2**64):
+        raise ValueError(f"seed = {seed}: must be a whole number from -2**63 to 2**64 - 1")
+    if type(max_new_tokens) is not int or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}: must be a whole number >= 0")
+    if draft_tokens != "auto" and not (type(draft_tokens) is int and draft_tokens >= 0):
+        raise ValueError(f'draft_tokens = {draft_tokens!r}: must be a whole number >= 0, or "auto"')
     if draft_tokens and not model.mtp:
         raise ValueError("draft_tokens needs MTP modules, and none are loaded: load them, or use 0")
     if (path := find_non_causal(model)) is not None:
@@ -180,26 +183,42 @@ def make_rows(
             f"{path} routes each token by all tokens of a forward, later ones included: "
             "such a model cannot generate text"
         )
+    rows = []
+    for number, prompt in enumerate(prompts):
+        tokens = read_ids(prompt, f"prompt {number}")
+        check_prompt(model, tokens, number, max_new_tokens)
+        rows.append(Row(tokens, len(tokens) + max_new_tokens, RandomStream(seed)))
+    return rows
+
+
+def read_ids(ids: Iterable[int], name: str) -> list[int]:
+    """Token ids as a list; ValueError for anything but whole numbers."""
+    try:
+        return [index(token) for token in ids]
+    except TypeError:
+        raise ValueError(f"{name} = {ids!r:.80}: expected a list of token ids") from None
+
+
+def check_prompt(
+    model: Transformer, tokens: Sequence[int], number: int, max_new_tokens: int
+) -> None:
+    """Raise ValueError if the model cannot continue prompt `number` by so many tokens."""
     limit, vocab_size = model.config.max_length, model.config.vocab_size
-    for prompt in prompts:
-        for position, token in enumerate(prompt):
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"token id {token} at position {position} is outside the vocabulary "
-                    f"of {vocab_size}"
-                )
-        if not prompt:
+    for position, token in enumerate(tokens):
+        if not 0 <= token < vocab_size:
             raise ValueError(
-                "the prompt has no token: start with the tokenizer's BOS token, or some text"
+                f"token id {token} at position {position} of prompt {number} is outside the "
+                f"vocabulary of {vocab_size}"
             )
-        if len(prompt) + max_new_tokens > limit:
-            raise ValueError(
-                f"{len(prompt)} prompt tokens + {max_new_tokens} new tokens exceed "
-                f"the model's {limit} positions"
-            )
-    return [
-        Row(list(prompt), len(prompt) + max_new_tokens, RandomStream(seed)) for prompt in prompts
-    ]
+    if not tokens:
+        raise ValueError(
+            f"prompt {number} has no token: start with the tokenizer's BOS token, or some text"
+        )
+    if len(tokens) + max_new_tokens > limit:
+        raise ValueError(
+            f"the {len(tokens)} tokens of prompt {number} + {max_new_tokens} new tokens exceed the "
+            f"model's {limit} positions: shorten the prompt, or lower max_new_tokens"
+        )
 
 
 def find_non_causal(model: Transformer) -> str | None:

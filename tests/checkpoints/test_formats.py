@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from files import edit_json, tensors_of
+from files import edit_json, tensors_of, write_tensors
 from published import peer_of, relative_difference, reload, save
 from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -198,15 +198,19 @@ def test_logits_are_those_of_the_weights_the_file_stands_for(tmp_path, tokens_BT
 
 @pytest.mark.filterwarnings("ignore:the config announces")
 @pytest.mark.parametrize("kind", ["FP8 blocks, float32 scales", "INT4"])
-def test_quantised_weights_load_as_bfloat16(tmp_path, kind):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_quantised_weights_load_in_the_dtype_of_the_embedding(tmp_path, kind, dtype):
     path = quantised(tmp_path, "qwen3_moe", kind)
+    tensors = tensors_of(path / "packed")
+    embedding = tensors["model.embed_tokens.weight"].to(dtype)
+    write_tensors(path / "packed", tensors | {"model.embed_tokens.weight": embedding})
     model = load_model(path / "packed", progress=False)
     wide = load_model(path / "packed", dtype=torch.float32, progress=False)
     for (name, narrow), exact in zip(
         model.state_dict().items(), wide.state_dict().values(), strict=True
     ):
-        plain = "norm" in name or "router" in name or name in ("embed.weight", "head.weight")
-        assert narrow.dtype == (torch.float32 if plain else torch.bfloat16), name
+        plain = "norm" in name or "router" in name or name == "head.weight"
+        assert narrow.dtype == (torch.float32 if plain else dtype), name
         assert narrow.equal(exact.to(narrow.dtype)), name
 
 

@@ -266,7 +266,7 @@ def test_an_empty_prompt_without_a_bos_is_one_line(tiny, command):
     path = tiny()
     (path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     said = refused(command(*generated(path, "--prompt", "", "--json")))
-    assert "the prompt has no token" in said
+    assert "prompt 0 has no token" in said
 
 
 def test_a_prompt_that_cannot_be_read_is_one_line(pristine, command, tmp_path, monkeypatch):

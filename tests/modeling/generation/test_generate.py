@@ -188,10 +188,10 @@ def test_nothing_to_do_gives_nothing():
         ({"max_new_tokens": -1}, "max_new_tokens = -1"),
         ({"max_new_tokens": 63}, "exceed the model's 64 positions"),
         ({"draft_tokens": -1}, "draft_tokens = -1"),
-        ({"draft_tokens": "many"}, "draft_tokens = many"),
+        ({"draft_tokens": "many"}, "draft_tokens = 'many'"),
         ({"draft_tokens": 1.5}, "draft_tokens = 1.5"),
         ({"temperature": -0.5}, "temperature = -0.5"),
-        ({"seed": 2**64}, "seed = 18446744073709551616: must be from"),
+        ({"seed": 2**64}, "seed = 18446744073709551616: must be a whole number"),
         ({"top_p": 0.0}, "top_p = 0.0"),
     ],
 )
