@@ -85,11 +85,13 @@ def apply_yarn(inverse_r: Tensor, rope: RopeConfig, yarn: YarnConfig) -> Tensor:
 
 def rope_table(rope: RopeConfig, step: Step) -> tuple[Tensor, Tensor]:
     """(cos, sin), each float32 (B, T, R/2), with the rope's amplitude in both; once per forward."""
-    if rope not in step.shared:
+    table = step.shared.get(rope)
+    if table is None:
         inverse_r = inverse_frequencies(rope).to(step.positions_BT.device)
         angle_BTr = step.positions_BT[..., None].float() * inverse_r
-        step.shared[rope] = angle_BTr.cos() * rope.amplitude, angle_BTr.sin() * rope.amplitude
-    return step.shared[rope]
+        table = angle_BTr.cos() * rope.amplitude, angle_BTr.sin() * rope.amplitude
+        step.shared[rope] = table
+    return table
 
 
 def rotate(x_BTHP: Tensor, rope: RopeConfig, step: Step) -> Tensor:

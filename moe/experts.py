@@ -48,7 +48,7 @@ def experts_loop(
     """Run each expert that was chosen on the tokens that chose it; returns (N, D)."""
     E, D = gate_EFD.shape[0], x_ND.shape[-1]
     y_NKD = torch.zeros(*experts_NK.shape, D, dtype=weights_NK.dtype, device=x_ND.device)
-    for expert in experts_NK[experts_NK < E].unique().tolist():
+    for expert in [e for e in experts_NK.unique().tolist() if e < E]:
         token, slot = torch.where(experts_NK == expert)
         x_nD = x_ND[token]
         gate_nF = product_of_one(x_nD, gate_EFD, biases.gate_EF, expert)
@@ -158,11 +158,11 @@ class Experts(nn.Module):
                 bias.zero_()
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        # the loop reads which experts were chosen, which tracing hides
-        traced = is_traced(x_ND, routing.experts_NK, *self.parameters())
-        run = experts_grouped if traced or grouping_pays(x_ND, self.gate) else experts_loop
         biases = Biases(self.gate_bias, self.up_bias, self.down_bias)
         weights = self.gate, self.up, self.down
+        read = [x for x in (x_ND, routing.experts_NK, *weights, *biases) if x is not None]
+        grouped = grouping_pays(x_ND, self.gate) or is_traced(*read)  # the loop reads values
+        run = experts_grouped if grouped else experts_loop
         return run(x_ND, routing.weights_NK, routing.experts_NK, *weights, biases, self.activation)
 
     def extra_repr(self) -> str:

@@ -144,7 +144,7 @@ class LinearRouter(nn.Module):
 
 def exact_products(device: str) -> torch.autocast | nullcontext:
     """A block in which autocast changes nothing; some devices have no autocast to switch off."""
-    known = torch.amp.is_autocast_available(device)
+    known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if known else nullcontext()
 
 

@@ -407,6 +407,7 @@ def test_classes_must_be_a_list(pristine, tmp_path):
 # --- models that are wrapped
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method. is deprecated")
 def test_a_wrapped_embedding_acts_and_a_compiled_model_is_saved(tmp_path):
     model = transformer(model_config(gqa(), mtp=1), torch.float32)
     tokens_BT = random_tokens(2, 5)

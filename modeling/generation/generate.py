@@ -271,7 +271,6 @@ class Row:
         return 0 if self.finished else self.limit - len(self.tokens) - 1
 
 
-@torch.no_grad()
 def decode(
     model: Transformer,
     rows: list[Row],
@@ -281,6 +280,20 @@ def decode(
     statistics: GenerationStatistics,
 ) -> Iterator[list[list[int]]]:
     """Generate in rounds; yield each round's new tokens, a list for each row."""
+    # inference mode is faster, but `fully_shard` cannot gather weights in it
+    sharded = any(hasattr(module, "unshard") for module in model.modules())
+    mode = torch.no_grad() if sharded else torch.inference_mode()
+    return mode(decode_rounds)(model, rows, sampling, stop_ids, rule, statistics)
+
+
+def decode_rounds(
+    model: Transformer,
+    rows: list[Row],
+    sampling: Sampling,
+    stop_ids: set[int],
+    rule: FixedCount | MeasuredCount,
+    statistics: GenerationStatistics,
+) -> Iterator[list[list[int]]]:
     if not rows or all(row.limit == len(row.tokens) for row in rows):
         return
     max_drafts, streams = rule.max_drafts, [row.random for row in rows]
