@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modeling import ModelConfig, Transformer
 
@@ -102,7 +102,9 @@ def build_on_meta(config: ModelConfig) -> Transformer:
         ) from error
     saved = model.state_dict()
     for path, module in model.named_modules():
-        own = vars(module) | dict(module.named_buffers(recurse=False))
+        own = dict(module.named_buffers(recurse=False))
+        if not module._forward_pre_hooks:  # which may set attributes anew, as weight_norm does
+            own |= vars(module)
         for name, value in own.items():
             if isinstance(value, Tensor) and f"{path}.{name}".lstrip(".") not in saved:
                 raise CheckpointError(
@@ -110,6 +112,18 @@ def build_on_meta(config: ModelConfig) -> Transformer:
                     "buffer, or compute it in forward"
                 )
     return model
+
+
+def find_shared_parameters(model: Transformer) -> dict[str, str]:
+    """{a name: the first name} of parameters that several modules share, as a tied head."""
+    first: dict[nn.Parameter, str] = {}
+    shared = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}".lstrip(".")
+            if first.setdefault(parameter, full) != full:
+                shared[full] = first[parameter]
+    return shared
 
 
 def find_integers(model: Transformer) -> set[str]:

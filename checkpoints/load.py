@@ -15,7 +15,14 @@ from tqdm import tqdm
 
 from modeling import ModelConfig, Transformer
 
-from .contents import Contents, build_on_meta, compare_files, find_integers, own_state
+from .contents import (
+    Contents,
+    build_on_meta,
+    compare_files,
+    find_integers,
+    find_shared_parameters,
+    own_state,
+)
 from .mapping import Entry
 from .precision import find_exact
 from .published_config import read_config
@@ -58,9 +65,11 @@ def load_model(
         warn_of_unused_copies(contents, shards, state)
         model = untie_stored_head(contents, shards, state)
     state.setdefault("head.weight", state["embed.weight"])
-    model.load_state_dict(state, strict=True, assign=True)
-    if model.config.tied_embeddings:
-        model.head.weight = model.embed.weight
+    shared = find_shared_parameters(model)
+    model.load_state_dict(state, strict=True, assign=True)  # which separates them
+    for name, other in shared.items():
+        path, _, own = name.rpartition(".")
+        setattr(model.get_submodule(path), own, model.get_parameter(other))
     return model.requires_grad_(False).eval()
 
 

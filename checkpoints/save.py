@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modeling import ModelConfig, Transformer
 from moe import ConfigError
 
 from .config_file import CheckpointError, Fields
-from .contents import build_on_meta, list_entries, own_state
+from .contents import build_on_meta, find_shared_parameters, list_entries, own_state
 from .families import native
 from .mapping import Family
 from .precision import Precision
 from .published_config import find_family
-from .storage.shards import list_some
+from .storage.shards import INTEGERS, READABLE, list_some
 from .storage.writing import FP8, FP8_CONFIG, PlannedTensor, write_checkpoint
 
 NATIVE_HINT = f'save_model(model, path, to="{native.MODEL_TYPE}") writes it in our own format'
@@ -57,7 +57,7 @@ def plan_checkpoint(
     family, config_json = choose_layout(model.config, to)
     described, state = build_on_meta(model.config), own_state(model)
     check_tensors(state, own_state(described))
-    check_shared_parameters(model)
+    check_shared_parameters(model, described)
     precision = Precision(described, dtype, stacks=family.rules is None)
     whole = WholeTensors(state)
     try:
@@ -135,6 +135,11 @@ def check_tensors(state: Mapping[str, Tensor], described: Mapping[str, Tensor]) 
         for name, tensor in state.items()
         if name in described and tensor.shape != described[name].shape
     ]
+    found += [
+        f"{name} is {tensor.dtype}, built as {described[name].dtype}"
+        for name, tensor in state.items()
+        if name in described and not has_stored_dtype(tensor, described[name])
+    ]
     if found:
         raise CheckpointError(
             f"the model differs from model.config: {list_some(found, separator='; ')}. "
@@ -143,26 +148,35 @@ def check_tensors(state: Mapping[str, Tensor], described: Mapping[str, Tensor]) 
         )
 
 
-def check_shared_parameters(model: Transformer) -> None:
-    """Raise CheckpointError if loading would separate parameters, or join them.
+def has_stored_dtype(tensor: Tensor, described: Tensor) -> bool:
+    """Whether a tensor can be stored, and loaded into one like `described`."""
+    if tensor.is_floating_point():
+        return tensor.dtype in READABLE.values() and described.is_floating_point()
+    return tensor.dtype in INTEGERS.values() and tensor.dtype == described.dtype
 
-    Only the embedding and the head of a tied model are one parameter.
+
+def check_shared_parameters(model: Transformer, described: Transformer) -> None:
+    """Raise CheckpointError if loading would separate parameters that are one, or join others.
+
+    described: the model as it is built for loading.
     """
     if model.device.type == "meta":
         raise CheckpointError("the model is on the meta device: it has no weights to save")
-    first: dict[nn.Parameter, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = first.setdefault(parameter, name)
-        if other != name and not (name == "head.weight" and model.config.tied_embeddings):
+    rebuilt = find_shared_parameters(described)
+    for name, other in find_shared_parameters(model).items():
+        if name not in rebuilt:
             raise CheckpointError(
                 f"{name} and {other} are one parameter, and would be two when loaded: give each "
                 "module its own"
             )
-    if model.config.tied_embeddings and "head.weight" in first.values():
-        raise CheckpointError(
-            "the config ties the head to the embedding, and head.weight is another parameter: set "
-            "tied_embeddings=False in model.config"
-        )
+    state = model.state_dict(keep_vars=True)
+    for name, other in rebuilt.items():
+        one = state[name] is state[other]
+        if not one and not torch.equal(state[name], state[other]):
+            raise CheckpointError(
+                f"{name} differs from {other}, and would be the same when loaded: if this is the "
+                "head, set tied_embeddings=False in model.config"
+            )
 
 
 class WholeTensors(Mapping[str, Tensor]):

@@ -192,11 +192,11 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.embed.parameters()).dtype
+        return [*self.embed.parameters(), *self.embed.buffers()][0].dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self.embed.parameters()).device
+        return [*self.embed.parameters(), *self.embed.buffers()][0].device
 
     def check_tokens(self, tokens_BT: Tensor) -> None:
         if any(hasattr(p, "full_tensor") for p in self.embed.parameters()):  # of fully_shard

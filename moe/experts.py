@@ -45,7 +45,7 @@ def experts_loop(
     biases: Biases = NO_BIASES,
     activation: Activation = swiglu,
 ) -> Tensor:
-    """Run each expert that was chosen on the tokens that chose it; returns (N, D)."""
+    """Run each expert on the tokens that chose it, which it reads; returns (N, D)."""
     E, D = gate_EFD.shape[0], x_ND.shape[-1]
     y_NKD = torch.zeros(*experts_NK.shape, D, dtype=weights_NK.dtype, device=x_ND.device)
     for expert in [e for e in experts_NK.unique().tolist() if e < E]:
@@ -158,10 +158,11 @@ class Experts(nn.Module):
                 bias.zero_()
 
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        routing.check()
         biases = Biases(self.gate_bias, self.up_bias, self.down_bias)
         weights = self.gate, self.up, self.down
         read = [x for x in (x_ND, routing.experts_NK, *weights, *biases) if x is not None]
-        grouped = grouping_pays(x_ND, self.gate) or is_traced(*read)  # the loop reads values
+        grouped = grouping_pays(x_ND, self.gate) or is_traced(*read)
         run = experts_grouped if grouped else experts_loop
         return run(x_ND, routing.weights_NK, routing.experts_NK, *weights, biases, self.activation)
 

@@ -37,14 +37,13 @@ class Routing:
     scores_NE: Tensor  # of all experts, without any selection bias
     logits_NE: Tensor  # what the scores were made from
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError for weights and experts of other dtypes or shapes."""
         weights_NK, experts_NK = self.weights_NK, self.experts_NK
         wide = weights_NK.dtype.itemsize >= 4 and experts_NK.dtype == torch.int64
         if weights_NK.dim() != 2 or experts_NK.shape != weights_NK.shape or not wide:
             found = [(x.dtype, tuple(x.shape)) for x in (weights_NK, experts_NK)]
-            raise ValueError(
-                f"routing {found}: expected weights >= float32, int64 ids, both (N, K)"
-            )
+            raise ValueError(f"routing {found}: expected float32 at least and int64, both (N, K)")
 
 
 @runtime_checkable

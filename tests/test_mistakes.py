@@ -124,20 +124,87 @@ def test_a_part_that_reads_values_while_it_is_built_is_refused_when_saving(tmp_p
 
 
 def test_parameters_that_are_one_and_would_be_two_are_refused(tmp_path):
-    def part(d_model):
-        made = nn.Sequential(nn.Linear(d_model, d_model), nn.Linear(d_model, d_model))
-        made[1].weight = made[0].weight
-        return made
-
+    model = with_part(lambda d_model: nn.Sequential(*(nn.Linear(d_model, d_model) for _ in "ab")))
+    part = model.layers[0].feed_forward
+    part[1].weight = part[0].weight
     told = r"feed_forward.1.weight and layers.0.feed_forward.0.weight are one parameter"
     with pytest.raises(CheckpointError, match=told):
-        save_model(with_part(part), tmp_path / "saved")
+        save_model(model, tmp_path / "saved")
+
+
+def one_module_twice(d_model):
+    one = nn.Linear(d_model, d_model)
+    return nn.Sequential(one, one)
+
+
+def two_modules_of_one_weight(d_model):
+    made = nn.Sequential(nn.Linear(d_model, d_model), nn.Linear(d_model, d_model))
+    made[1].weight = made[0].weight
+    return made
+
+
+@pytest.mark.parametrize("part", [one_module_twice, two_modules_of_one_weight])
+def test_parameters_that_a_part_shares_are_shared_when_loaded(part, tmp_path):
+    model, tokens_BT = with_part(part), random_tokens(2, 5)
+    again = reload(model, tmp_path / "saved")
+    assert again(tokens_BT).equal(model(tokens_BT))
+    assert len(list(again.parameters())) == len(list(model.parameters()))
+    loaded = again.layers[0].feed_forward
+    assert loaded[1].weight is loaded[0].weight
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_a_part_that_computes_its_weight_in_a_hook_is_saved(tmp_path):
+    class Normed(nn.Module):
+        def __init__(self, d_model):
+            super().__init__()
+            self.inner = nn.utils.weight_norm(Drawn(d_model, d_model))
+
+        def forward(self, x_BTD):
+            return self.inner(x_BTD)
+
+    class Drawn(nn.Linear):
+        def reset_parameters(self):
+            for parameter in self.parameters():
+                nn.init.uniform_(parameter, -1, 1)
+
+    model, tokens_BT = with_part(Normed), random_tokens(2, 5)
+    assert reload(model, tmp_path / "saved")(tokens_BT).equal(model(tokens_BT))
+
+
+@pytest.mark.parametrize("way", ["assign", "copied"])
+def test_a_tied_head_that_is_equal_is_saved(way, tmp_path):
+    model = transformer(model_config(gqa(), tied_embeddings=True), torch.float32)
+    if way == "assign":
+        other = transformer(model_config(gqa(), tied_embeddings=True), torch.float32)
+        model.load_state_dict(other.state_dict(), assign=True)
+    else:
+        model.head.weight = nn.Parameter(model.embed.weight.data.clone())
+    again = reload(model, tmp_path / "saved")
+    assert again.head.weight is again.embed.weight
+
+
+@pytest.mark.parametrize(
+    ("buffer", "told"),
+    [
+        (torch.arange(D, dtype=torch.int32), "order is torch.int32, built as torch.int64"),
+        (torch.zeros(D), "order is torch.float32, built as torch.int64"),
+        (torch.zeros(D, dtype=torch.complex64), "order is torch.complex64, built as torch.int64"),
+    ],
+)
+def test_a_buffer_of_another_kind_than_it_is_built_is_refused(buffer, told, tmp_path):
+    model = with_part(Permute)
+    model.layers[0].feed_forward.order = buffer
+    with pytest.raises(CheckpointError, match=told):
+        save_model(model, tmp_path / "saved")
 
 
 def test_another_head_of_a_tied_model_is_not_lost(tmp_path):
     model = transformer(model_config(gqa(), tied_embeddings=True), torch.float32)
     model.head = nn.Linear(D, 23, bias=False)
-    with pytest.raises(CheckpointError, match="head.weight is another parameter: set tied_embedd"):
+    with pytest.raises(
+        CheckpointError, match="head.weight differs from embed.weight, and would be"
+    ):
         save_model(model, tmp_path / "saved")
     model.config = replace(model.config, tied_embeddings=False)
     save_model(model, tmp_path / "saved")
@@ -185,6 +252,24 @@ class Started(PartConfig):
 @dataclass(frozen=True, kw_only=True)
 class Anything(PartConfig):
     value: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted(PartConfig):
+    notes: dict = field(default_factory=dict, compare=False)
+
+
+def test_a_field_that_is_not_compared_is_saved_at_its_default_only(tmp_path):
+    PART[0] = lambda d_model: nn.Linear(d_model, d_model)
+    for notes, name in (({}, "empty"), ({"a": np.zeros(3)}, "full")):
+        layer = LayerConfig(attention=gqa(), feed_forward=Noted(notes=notes))
+        model = Transformer(sized(layers=(layer,)))
+        if notes:
+            with pytest.raises(CheckpointError, match="notes = .*: compare=False, so it is not"):
+                save_model(model, tmp_path / name)
+        else:
+            save_model(model, tmp_path / name)
+            load_model(tmp_path / name, classes=[Noted], progress=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +376,7 @@ def routed(change):
     ],
 )
 def test_a_routing_of_other_shapes_or_dtypes_is_refused(change):
-    with pytest.raises(ValueError, match="expected weights >= float32, int64 ids, both"):
+    with pytest.raises(ValueError, match="expected float32 at least and int64, both"):
         routed(change)(torch.randn(2, 3, D))
 
 
@@ -352,6 +437,15 @@ def test_an_entry_of_a_wider_dtype_is_kept_in_it():
     assert kept.equal(wide.expand(1, 2, 1))
 
 
+def test_entries_of_floats_and_of_whole_numbers_are_kept_as_they_are():
+    cache = EntryCache(1, 4, [2, 1])
+    x, number = torch.tensor([[[0.5, 0.25]]]), torch.tensor([[[7]]])
+    for _ in range(2):
+        (floats, numbers), _ = cache.append(x, number)
+    assert floats.equal(x.expand(1, 2, 2))
+    assert numbers.equal(number.expand(1, 2, 1).to(numbers.dtype))
+
+
 def test_an_attention_that_does_not_append_is_told_by_the_lengths():
     model = transformer(model_config(gqa()))
     cache = model.make_cache(1, 9)
@@ -362,6 +456,45 @@ def test_an_attention_that_does_not_append_is_told_by_the_lengths():
 
 
 # --- arguments of generate and of losses
+
+
+def test_what_hooks_see_while_a_model_generates_can_be_trained_with():
+    model = agreeable(model_config(gqa(), mtp=1))
+    seen = []
+
+    def steer(module, arguments, output):
+        with torch.enable_grad():
+            x_BTD = output.detach().clone().requires_grad_()
+            (gradient_BTD,) = torch.autograd.grad(x_BTD.square().sum(), x_BTD)
+        seen.append(output)
+        return output + 1e-3 * gradient_BTD
+
+    hook = model.layers[0].register_forward_hook(steer)
+    list(generate(model, [1, 2], 4))
+    nn.Linear(D, 1, dtype=torch.float64)(seen[0]).sum().backward()
+    hook.remove()
+
+
+def test_a_model_that_makes_a_table_while_it_generates_can_be_trained():
+    class Lazy(nn.Linear):
+        table = None
+
+        def forward(self, x_BTD):
+            if self.table is None:
+                self.table = torch.linspace(0, 1, D, dtype=x_BTD.dtype)
+            return super().forward(x_BTD * self.table)
+
+    model = with_part(lambda d_model: Lazy(d_model, d_model))
+    list(generate(model, [1, 2], 4))
+    model(random_tokens(1, 3)).sum().backward()
+
+
+def test_counts_may_be_whole_numbers_of_any_library():
+    model = agreeable(model_config(gqa(), mtp=1))
+    expected = list(generate(model, [1, 2], 4, draft_tokens=2))
+    for count in (np.int64(4), torch.tensor(4)):
+        assert list(generate(model, [1, 2], count, draft_tokens=np.int64(2))) == expected
+    assert generate_batch(model, (iter([1, 2]) for _ in range(2)), 4) == [expected] * 2
 
 
 @pytest.mark.parametrize("prompt", [torch.tensor([1, 2]), np.array([1, 2]), (1, 2), range(1, 3)])

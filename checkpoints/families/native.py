@@ -2,14 +2,13 @@
 
 {"model_type": "abacus", "format_version": 1, "model": {"class": "ModelConfig", "vocab_size": ...}}
 
-Every config is an object with the name of its class and all of its fields: numbers, strings, flags,
-null, lists and further configs. Nothing is guessed on reading: a missing or unknown field, a value
-of another type and an unknown class are refused by name. The caller names classes from outside.
+Every config is an object with the name of its class and all of its fields. Nothing is guessed: a
+missing or unknown field or class and a value of another type are refused by name.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from functools import partial
 from json import dumps, loads
@@ -61,9 +60,10 @@ def to_json(value: object, where: str, classes: set[type]) -> Any:
         own = {"class": type(value).__name__}
         for field in fields(value):
             held, place = getattr(value, field.name), f"{where}.{field.name}"
+            made = field.default if field.default_factory is MISSING else field.default_factory()
             if field.compare:
                 own[field.name] = to_json(held, place, classes)
-            elif held != field.default and not isinstance(value, ModelConfig):
+            elif repr(held) != repr(made) and not isinstance(value, ModelConfig):
                 raise ConfigError(f"{place} = {held!r:.80}: compare=False, so it is not saved")
         return own
     kinds = "numbers, strings, flags, None, tuples and dataclasses of those"

@@ -101,10 +101,10 @@ class WindowCache(LayerCache):
 
 
 def widest(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensor of the largest dtype."""
+    """The tensor to whose dtype the others are promoted."""
     found = tensors[0]
     for tensor in tensors[1:]:
-        found = tensor if tensor.dtype.itemsize > found.dtype.itemsize else found
+        found = tensor if torch.promote_types(found.dtype, tensor.dtype) != found.dtype else found
     return found
 
 

@@ -157,9 +157,10 @@ def generate_batch(
     rows = make_rows(model, prompts, max_new_tokens, draft_tokens, seed)
     stop_set = set(read_ids(stop_ids, "stop_ids"))
     rule = make_count_rule(draft_tokens, max_new_tokens)
+    prompt_lengths = [len(row.tokens) for row in rows]
     for _ in decode(model, rows, sampling, stop_set, rule, GenerationStatistics()):
         pass
-    return [row.tokens[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+    return [row.tokens[length:] for row, length in zip(rows, prompt_lengths, strict=True)]
 
 
 def make_rows(
@@ -170,11 +171,11 @@ def make_rows(
     seed: int | None,
 ) -> list["Row"]:
     """A row for each prompt; ValueError, before any work, if `generate` cannot continue it."""
-    if seed is not None and not (type(seed) is int and -(2**63) <= seed < 2**64):
+    if seed is not None and not (hasattr(seed, "__index__") and -(2**63) <= seed < 2**64):
         raise ValueError(f"seed = {seed}: must be a whole number from -2**63 to 2**64 - 1")
-    if type(max_new_tokens) is not int or max_new_tokens < 0:
+    if not hasattr(max_new_tokens, "__index__") or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: must be a whole number >= 0")
-    if draft_tokens != "auto" and not (type(draft_tokens) is int and draft_tokens >= 0):
+    if draft_tokens != "auto" and not (hasattr(draft_tokens, "__index__") and draft_tokens >= 0):
         raise ValueError(f'draft_tokens = {draft_tokens!r}: must be a whole number >= 0, or "auto"')
     if draft_tokens and not model.mtp:
         raise ValueError("draft_tokens needs MTP modules, and none are loaded: load them, or use 0")
@@ -194,7 +195,7 @@ def make_rows(
 def read_ids(ids: Iterable[int], name: str) -> list[int]:
     """Token ids as a list; ValueError for anything but whole numbers."""
     try:
-        return [index(token) for token in ids]
+        return [index(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)]
     except TypeError:
         raise ValueError(f"{name} = {ids!r:.80}: expected a list of token ids") from None
 
@@ -280,10 +281,20 @@ def decode(
     statistics: GenerationStatistics,
 ) -> Iterator[list[list[int]]]:
     """Generate in rounds; yield each round's new tokens, a list for each row."""
-    # inference mode is faster, but `fully_shard` cannot gather weights in it
-    sharded = any(hasattr(module, "unshard") for module in model.modules())
-    mode = torch.no_grad() if sharded else torch.inference_mode()
+    mode = torch.inference_mode() if allows_inference_mode(model) else torch.no_grad()
     return mode(decode_rounds)(model, rows, sampling, stop_ids, rule, statistics)
+
+
+def allows_inference_mode(model: Transformer) -> bool:
+    """Whether nothing may need gradients of a tensor made in a forward, or gather weights in it.
+
+    Inference mode is faster; but what hooks and trained modules keep of it can not be trained with.
+    """
+    for module in model.modules():
+        hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+        if hooked or hasattr(module, "unshard"):  # of fully_shard
+            return False
+    return not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def decode_rounds(

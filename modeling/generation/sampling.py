@@ -54,7 +54,12 @@ class Sampling:
         k = self.top_k
         checks = (
             ("temperature", self.temperature, 0 <= self.temperature < inf, "be finite and >= 0"),
-            ("top_k", k, k is None or (type(k) is int and k >= 1), "be a whole number >= 1"),
+            (
+                "top_k",
+                k,
+                k is None or (hasattr(k, "__index__") and k >= 1),
+                "be a whole number >= 1",
+            ),
             ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "be in (0, 1]"),
             ("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "be in [0, 1]"),
         )
