@@ -126,9 +126,10 @@ def find_shared_parameters(model: Transformer) -> dict[str, str]:
     return shared
 
 
-def find_integers(model: Transformer) -> set[str]:
-    """Our names of the tensors that hold whole numbers or flags."""
-    return {name for name, tensor in own_state(model).items() if not tensor.is_floating_point()}
+def find_integers(model: Transformer) -> dict[str, torch.dtype]:
+    """The dtypes, by our names, of the tensors that hold whole numbers or flags."""
+    state = own_state(model)
+    return {name: x.dtype for name, x in state.items() if not x.is_floating_point()}
 
 
 def list_entries(

@@ -21,10 +21,9 @@ from .contents import (
     compare_files,
     find_integers,
     find_shared_parameters,
-    own_state,
 )
 from .mapping import Entry
-from .precision import find_exact
+from .precision import check_dtype, find_exact
 from .published_config import read_config
 from .storage.shards import INTEGERS, READABLE, Shards, open_shards, raise_any
 from .storage.weights import Weight
@@ -51,9 +50,7 @@ def load_model(
     Raises CheckpointError (a ValueError) for any missing, unexpected, misshapen or unknown tensor
     or config field, and ValueError for a dtype that weights cannot have.
     """
-    if dtype not in (None, *READABLE.values()):
-        known = ", ".join(map(str, READABLE.values()))
-        raise ValueError(f"dtype = {dtype!r}: expected None, {known}")
+    check_dtype(dtype, READABLE.values())
     directory = Path(path)
     config = read_config(directory, classes)
     with open_shards(directory) as shards:
@@ -126,12 +123,12 @@ def choose_dtypes(
     contents: Contents, shards: Shards, wanted: torch.dtype | None = None
 ) -> dict[str, torch.dtype]:
     """The dtype of each of our tensors: `wanted`, or one that holds all dtypes it is stored in."""
-    state, model_dtype = own_state(contents.model), find_model_dtype(contents, shards)
-    integers, exact = find_integers(contents.model), find_exact(contents.model)
-    dtypes = {name: state[name].dtype for name in integers}
+    model_dtype, exact = find_model_dtype(contents, shards), find_exact(contents.model)
+    integers = find_integers(contents.model)
+    dtypes = dict(integers)
     for entry in contents.entries:
         kept = wanted or find_dtype(contents.weights[entry.published], shards, model_dtype)
-        for name in set(entry.ours) - integers:
+        for name in set(entry.ours) - integers.keys():
             least = torch.float32 if name in exact else kept
             dtypes[name] = torch.promote_types(dtypes.get(name, least), kept)
     return dtypes

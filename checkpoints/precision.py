@@ -6,7 +6,7 @@
 Linear layers inside attention and feed-forward are quantised too, unless they have a single row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -25,9 +25,7 @@ class Precision:
     """
 
     def __init__(self, model: Transformer, wanted: torch.dtype | None, stacks: bool) -> None:
-        if wanted not in (None, FP8, *READABLE.values()):
-            known = ", ".join(map(str, (*READABLE.values(), FP8)))
-            raise ValueError(f"dtype = {wanted!r}: expected None, {known}")
+        check_dtype(wanted, (*READABLE.values(), FP8))
         self.wanted, self.stacks = wanted, stacks
         self.exact = find_exact(model)
         self.quantizable = find_quantizable(model) if wanted == FP8 else set()
@@ -48,6 +46,12 @@ class Precision:
                 "blocks are defined for one matrix; choose another dtype"
             )
         return FP8
+
+
+def check_dtype(dtype: torch.dtype | None, known: Collection[torch.dtype]) -> None:
+    """Raise ValueError for a requested dtype that is not known."""
+    if dtype is not None and dtype not in known:
+        raise ValueError(f"dtype = {dtype!r}: expected None, {', '.join(map(str, known))}")
 
 
 def read_names(path: str, module: nn.Module, attribute: str) -> tuple[str, ...]:

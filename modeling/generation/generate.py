@@ -133,7 +133,8 @@ def generate(
     rows = make_rows(model, [prompt_ids], max_new_tokens, draft_tokens, seed)
     stop_set = set(read_ids(stop_ids, "stop_ids"))
     rule = make_count_rule(draft_tokens, max_new_tokens)
-    return Generation(decode(model, rows, sampling, stop_set, rule, statistics), statistics)
+    run = without_gradients(model)(decode)
+    return Generation(run(model, rows, sampling, stop_set, rule, statistics), statistics)
 
 
 def generate_batch(
@@ -158,7 +159,8 @@ def generate_batch(
     stop_set = set(read_ids(stop_ids, "stop_ids"))
     rule = make_count_rule(draft_tokens, max_new_tokens)
     prompt_lengths = [len(row.tokens) for row in rows]
-    for _ in decode(model, rows, sampling, stop_set, rule, GenerationStatistics()):
+    run = without_gradients(model)(decode)
+    for _ in run(model, rows, sampling, stop_set, rule, GenerationStatistics()):
         pass
     return [row.tokens[length:] for row, length in zip(rows, prompt_lengths, strict=True)]
 
@@ -272,6 +274,20 @@ class Row:
         return 0 if self.finished else self.limit - len(self.tokens) - 1
 
 
+def without_gradients(model: Transformer) -> torch.inference_mode | torch.no_grad:
+    """Inference mode, which is faster, or no_grad where tensors may outlive the generation.
+
+    Training could not use what hooks and trained modules keep of tensors made in inference mode,
+    and `fully_shard` could not gather weights in it.
+    """
+    for module in model.modules():
+        hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+        if hooked or hasattr(module, "unshard"):
+            return torch.no_grad()
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    return torch.no_grad() if trained else torch.inference_mode()
+
+
 def decode(
     model: Transformer,
     rows: list[Row],
@@ -281,30 +297,6 @@ def decode(
     statistics: GenerationStatistics,
 ) -> Iterator[list[list[int]]]:
     """Generate in rounds; yield each round's new tokens, a list for each row."""
-    mode = torch.inference_mode() if allows_inference_mode(model) else torch.no_grad()
-    return mode(decode_rounds)(model, rows, sampling, stop_ids, rule, statistics)
-
-
-def allows_inference_mode(model: Transformer) -> bool:
-    """Whether nothing may need gradients of a tensor made in a forward, or gather weights in it.
-
-    Inference mode is faster; but what hooks and trained modules keep of it can not be trained with.
-    """
-    for module in model.modules():
-        hooked = bool(module._forward_hooks or module._forward_pre_hooks)
-        if hooked or hasattr(module, "unshard"):  # of fully_shard
-            return False
-    return not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def decode_rounds(
-    model: Transformer,
-    rows: list[Row],
-    sampling: Sampling,
-    stop_ids: set[int],
-    rule: FixedCount | MeasuredCount,
-    statistics: GenerationStatistics,
-) -> Iterator[list[list[int]]]:
     if not rows or all(row.limit == len(row.tokens) for row in rows):
         return
     max_drafts, streams = rule.max_drafts, [row.random for row in rows]
