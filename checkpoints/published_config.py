@@ -11,8 +11,8 @@ from moe import ConfigError
 from .config_file import CheckpointError, Fields, read_json
 from .families import FAMILIES, MECHANISMS, NOT_YET, native
 from .mapping import Family
+from .storage.quantization_config import check_method
 from .storage.shards import list_some
-from .storage.weights import check_method
 
 
 def read_config(path: str | Path, classes: Sequence[type] = ()) -> ModelConfig:

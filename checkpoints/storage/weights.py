@@ -4,7 +4,6 @@ The format of each weight is recognised by the names and dtypes of its tensors, 
 exceptions in published configs do not always fit the files.
 """
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moe import ConfigError
-
-from ..config_file import CheckpointError, Fields
+from ..config_file import CheckpointError
 from ..mapping import Shape
+from .quantization_config import CONVERT, find_scheme
 from .quantized import (
     Block,
     block_grid,
@@ -127,87 +125,14 @@ class PackedWeight:
         return dequantize_groups(packed, scale, self.shape, self.bits, size, dtype)
 
 
-METHODS = ("fp8", "mxfp4", "compressed-tensors")
-FORMATS = ("float-quantized", "pack-quantized", "mixed-precision")  # of compressed-tensors
-BITS = {"int": (4, 8), "float": (8,)}
-STRATEGIES = {"int": ("group", "channel"), "float": ("tensor", "channel", "block")}
-FP8, FP8_SPELLINGS = "F8_E4M3", ("e4m3", "float8_e4m3fn")  # in files, in configs
+FP8 = "F8_E4M3"
 SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 SUFFIXES = (  # of the tensors that a weight may come with
     *("_scale", "_scale_inv", "_scales", "_blocks"),
     *("_packed", "_shape", "_zero_point", "_g_idx", "_global_scale"),
 )
-AGAIN, CONVERT = "download or convert it again", "convert the weights to bfloat16 first"
+AGAIN = "download or convert it again"
 Parts = dict[str, StoredTensor]  # the tensors of a weight by their suffix; "": the weight
-
-
-def check_method(quantization: Mapping[str, Any]) -> None:
-    """Raise CheckpointError, without a file name, for an unsupported quantization_config."""
-    fields = Fields(quantization, "quantization_config.")
-    try:
-        method = fields.choice("quant_method", known=METHODS)
-        if method == "fp8":
-            fields.choice("fmt", known=FP8_SPELLINGS, default=FP8_SPELLINGS[0])
-        if method == "compressed-tensors":
-            fields.choice("format", known=FORMATS)
-        check_block(fields, "weight_block_size")
-        if groups := fields.section("config_groups"):
-            for name in groups.raw:
-                check_group(groups.section(name))
-    except ConfigError as error:
-        raise CheckpointError(f"{error}; {CONVERT}") from None
-
-
-def check_group(group: Fields | None) -> None:
-    """Check a config group of compressed-tensors; one without weights is for activations."""
-    if not group or not (weights := group.section("weights")):
-        return
-    group.choice("format", known=FORMATS, default=FORMATS[0])
-    kind = weights.choice("type", known=tuple(BITS))
-    bits, known = weights.integer("num_bits"), BITS[kind]
-    weights.check(bits in known, "num_bits", bits, f"one of {known} for {kind}")
-    strategy = weights.choice("strategy", known=STRATEGIES[kind])
-    if strategy == "group":
-        size, in_word = weights.integer("group_size"), 32 // bits
-        weights.check(size % in_word == 0, "group_size", size, f"a multiple of {in_word}")
-    symmetric = weights.flag("symmetric", default=True)
-    weights.check(symmetric, "symmetric", symmetric, "true; there is no support for zero points")
-    check_block(weights, "block_structure")
-    _, targets = group.find(["targets"], None)
-    names = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    group.check(names, "targets", targets, "a list of names")
-    for target in targets:
-        try:
-            re.compile(target.removeprefix("re:"))
-        except re.error as error:
-            group.check(False, "targets", target, f"a regular expression ({error})")
-
-
-def check_block(fields: Fields, key: str) -> None:
-    if fields.has(key):
-        _, value = fields.find([key], None)
-        pair = isinstance(value, list) and len(value) == 2
-        whole = pair and all(type(size) is int and size > 0 for size in value)
-        fields.check(whole, key, value, "two whole numbers above 0")
-
-
-def find_scheme(weight: str, quantization: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The scheme of a weight's config group; empty if there is none.
-
-    It is the first group that names the weight's module, or else the first one for a class. Files
-    do not name classes, so a quantised weight counts as a member of every class.
-    """
-    module = weight.removesuffix(".weight")
-    by_class: Mapping[str, Any] = {}
-    for group in (quantization.get("config_groups") or {}).values():
-        if not group or not group.get("weights"):
-            continue
-        patterns = [target[3:] for target in group["targets"] if target.startswith("re:")]
-        if module in group["targets"] or any(re.match(p, module) for p in patterns):
-            return group["weights"]
-        if any(target[:1].isupper() for target in group["targets"]):
-            by_class = by_class or group["weights"]
-    return by_class
 
 
 def find_weights(

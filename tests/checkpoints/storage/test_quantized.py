@@ -20,6 +20,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import checkpoints.storage.quantized
 from checkpoints import CheckpointError
+from checkpoints.storage.quantization_config import check_method
 from checkpoints.storage.quantized import (
     dequantize_blocks,
     dequantize_groups,
@@ -28,7 +29,7 @@ from checkpoints.storage.quantized import (
     unpack_integers,
 )
 from checkpoints.storage.shards import Shards, StoredTensor, open_shards
-from checkpoints.storage.weights import check_method, find_weights
+from checkpoints.storage.weights import find_weights
 
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 sizes, edges, seeds = st.integers(1, 13), st.integers(1, 7), st.integers(0, 10**6)
