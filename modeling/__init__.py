@@ -12,14 +12,9 @@ from .config import (
     ModelConfig,
     MTPConfig,
 )
-from .generation.generate import (
-    DraftCount,
-    Generation,
-    GenerationStatistics,
-    find_non_causal,
-    generate,
-    generate_batch,
-)
+from .generation.draft_count import DraftCount
+from .generation.generate import Generation, GenerationStatistics, generate, generate_batch
+from .generation.rows import find_non_causal
 from .generation.teacher_forcing import forced_states
 from .loss import mtp_loss, next_token_loss
 from .model import Transformer

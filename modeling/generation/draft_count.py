@@ -14,6 +14,9 @@ from functools import partial
 from itertools import accumulate
 from operator import mul
 from statistics import median
+from typing import Literal
+
+DraftCount = int | Literal["auto"]
 
 MEASUREMENTS_KEPT = 9  # the newest ones, for each number of drafts; their median is used
 WARM_UP_ROUNDS = 6  # in the first the modules read the prompt: the median of three ignores it

@@ -259,7 +259,7 @@ class EveryBranch:
 def enumerated(monkeypatch, run) -> dict[tuple, float]:
     """The probability of everything that `run` can return."""
     chance, found = EveryBranch(), {}
-    monkeypatch.setattr(GENERATE, "RandomStream", lambda seed: chance)
+    monkeypatch.setattr("modeling.generation.rows.RandomStream", lambda seed: chance)
     while True:
         outcome = run()
         found[outcome] = found.get(outcome, 0.0) + chance.weight
