@@ -3,6 +3,7 @@
 from .attention.caches import EntryCache, StateCache, WindowCache
 from .attention.gqa import GQAConfig, QKNormConfig
 from .attention.mla import MLAConfig
+from .attention.weights import AttentionWeights, is_recorded, report_weights
 from .cache import Cache, LayerCache
 from .config import (
     Attention,
@@ -18,5 +19,6 @@ from .generation.rows import find_non_causal
 from .generation.teacher_forcing import forced_states
 from .loss import mtp_loss, next_token_loss
 from .model import Transformer
+from .record import LayerStates, record_attention, record_states
 from .rope import RopeConfig, YarnConfig
 from .step import Step

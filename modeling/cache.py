@@ -7,9 +7,7 @@ and each row can be cut back afterwards.
 The contract of one layer's cache stands here; the kinds are in `attention/caches.py`.
 """
 
-import copy
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -100,16 +98,6 @@ class LayerCache:
         self.lengths = list(lengths)
         pairs = zip(self.floors, lengths, strict=True)
         self.floors = [floor if length else 0 for floor, length in pairs]
-
-    def spread(self, lengths: Sequence[int]) -> Self:
-        """A copy with rows of these lengths: each holds the first positions of the only row."""
-        (held,), (floor,), rows = self.lengths, self.floors, len(lengths)
-        spread = copy.copy(self)
-        spread.tensors = [tensor.repeat_interleave(rows, dim=0) for tensor in self.tensors]
-        spread.shapes = [(rows, *shape[1:]) for shape in self.shapes]
-        spread.lengths, spread.floors = [held] * rows, [floor] * rows
-        spread.truncate(lengths)
-        return spread
 
 
 class Cache:

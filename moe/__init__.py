@@ -12,6 +12,6 @@ from .config import Config, ConfigError, Count, Limit, Positive, Size, check_typ
 from .experts import Biases, Experts, experts_grouped, experts_loop
 from .feed_forward import Clamp, DenseConfig, FeedForward
 from .layer import MoE, MoEConfig
-from .record import record_routing, routers
+from .record import Recorded, in_backward, keep_hooks, layer_numbers, record_routing, routers
 from .routing import ExpertChoice, Router, RouterConfig, Routing, TopK, TopP, exact_products
 from .segments import is_traced

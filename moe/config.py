@@ -47,11 +47,8 @@ def find_broken_rule(value: object, hint: Any) -> str | None:
         each = [find_broken_rule(value, part) for part in parts]
         return None if None in each else " or ".join(filter(None, each))
     if origin is Literal:
-        return (
-            None
-            if (type(value), value) in [(type(p), p) for p in parts]
-            else f"one of {', '.join(map(str, parts))}"
-        )
+        known = (type(value), value) in [(type(part), part) for part in parts]
+        return None if known else f"one of {', '.join(map(str, parts))}"
     if origin is tuple and parts[1:] == (...,) and isinstance(value, tuple):
         each = [find_broken_rule(element, parts[0]) for element in value]
         return next((f"a tuple, each {broken}" for broken in each if broken), None)

@@ -32,6 +32,7 @@ class DecayAttention(nn.Module):
     """S_t = decay * S_{t-1} + k_t v_t^T and y_t = q_t S_t, where k is smoothed over two tokens."""
 
     residual_outputs = ("o.weight",)
+    has_attention_weights = False
 
     def __init__(self, d_model: int, config: DecayConfig) -> None:
         super().__init__()

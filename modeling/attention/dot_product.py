@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..step import Step
+from .weights import AttentionWeights, is_recorded, report_weights
 
 
 def mask_keys(step: Step, keys_BS: Tensor | None, window: int | None = None) -> Tensor:
@@ -22,6 +23,31 @@ def mask_keys(step: Step, keys_BS: Tensor | None, window: int | None = None) -> 
     query_B1T1, key_B11S = step.positions_BT[:, None, :, None], keys_BS[:, None, None]
     seen = (key_B11S >= 0) & (key_B11S <= query_B1T1)
     return seen if window is None else seen & (key_B11S > query_B1T1 - window)
+
+
+def attention_weights(
+    q_BHTP: Tensor,
+    k_BJSP: Tensor,
+    step: Step,
+    keys_BS: Tensor | None,
+    scale: float,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
+) -> AttentionWeights:
+    """softmax(scale * q k^T + causal mask), with the sinks as one more score; J divides H.
+
+    The plain twin of every attention function here: its weights times the values are their result.
+    """
+    (B, H, T, _), J = q_BHTP.shape, k_BJSP.shape[1]
+    wide = torch.promote_types(q_BHTP.dtype, torch.float32)
+    k_BHSP = k_BJSP.repeat_interleave(H // J, dim=1)
+    scores_BHTS = scale * (q_BHTP.to(wide) @ k_BHSP.to(wide).transpose(-1, -2))
+    scores_BHTS = scores_BHTS.where(mask_keys(step, keys_BS, window), -torch.inf)
+    if sinks_H is None:
+        return AttentionWeights(scores_BHTS.softmax(dim=-1))
+    sink_BHT1 = sinks_H.to(wide)[:, None, None].expand(B, H, T, 1)
+    weights_BHTs = torch.cat([scores_BHTS, sink_BHT1], dim=-1).softmax(dim=-1)
+    return AttentionWeights(weights_BHTs[..., :-1], weights_BHTs[..., -1])
 
 
 def attend(
@@ -39,6 +65,9 @@ def attend(
     than the keys are padded with zeros: torch's kernels that never write the (T, S) scores want
     one width for both.
     """
+    if is_recorded(step):
+        weights = attention_weights(q_BHTP, k_BJSP, step, keys_BS, scale, window)
+        report_weights(step, weights, keys_BS)
     P, M = q_BHTP.shape[3], v_BJSM.shape[3]
     triangle = keys_BS is None and window is None
     y_BHTm = F.scaled_dot_product_attention(
@@ -69,6 +98,9 @@ def attend_with_sinks(
     before all others, with a value of zeros. A new dimension holds the head's sink in every query,
     1 in this key and 0 in the others, so torch's kernels compute the whole softmax.
     """
+    if is_recorded(step):
+        weights = attention_weights(q_BHTP, k_BJSP, step, keys_BS, scale, window, sinks_H)
+        report_weights(step, weights, keys_BS)
     sink_BHT1 = (sinks_H / scale)[:, None, None].expand(*q_BHTP.shape[:3], 1)
     q_BHTp = torch.cat([q_BHTP, sink_BHT1.to(q_BHTP.dtype)], dim=-1)
     k_BJsp = F.pad(k_BJSP, (0, 1, 1, 0))

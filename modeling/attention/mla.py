@@ -28,7 +28,8 @@ from ..norm import RMSNorm
 from ..rope import RopeConfig, rotate
 from ..step import Step
 from .caches import EntryCache
-from .dot_product import attend, mask_keys
+from .dot_product import attend, attention_weights, mask_keys
+from .weights import is_recorded, report_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +136,13 @@ class MultiHeadLatentAttention(nn.Module):
         weight_HmC = rearrange(weight_hC, "(H m) C -> H m C", H=c.num_heads)
         w_uk_HPC, w_uv_HMC = weight_HmC.split([c.nope_width, c.value_width], dim=1)
         q_BTHC = torch.einsum("BTHP,HPC->BTHC", q_BTHP, w_uk_HPC)
-        q_B1tW = torch.cat([q_BTHC, q_BTHR], dim=-1).flatten(1, 2)[:, None]
+        q_BTHW, kept_B1SW = torch.cat([q_BTHC, q_BTHR], dim=-1), kept_BSW[:, None]
+        if is_recorded(step):
+            q_BHTW = q_BTHW.transpose(1, 2)
+            weights = attention_weights(q_BHTW, kept_B1SW, step, keys_BS, self.scale)
+            report_weights(step, weights, keys_BS)
+        q_B1tW = q_BTHW.flatten(1, 2)[:, None]
         mask_B1tS = mask_keys(step, keys_BS).repeat_interleave(c.num_heads, dim=2)
-        kept_B1SW = kept_BSW[:, None]
         y_B1tW = F.scaled_dot_product_attention(
             q_B1tW, kept_B1SW, kept_B1SW, attn_mask=mask_B1tS, scale=self.scale
         )

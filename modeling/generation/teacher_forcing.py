@@ -7,9 +7,13 @@ measures the drafts of every depth, under any wiring, without generating text.
 Shapes: B rows of a batch (1 here), T positions of the text, n positions at once, D model width.
 """
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..cache import LayerCache
 from ..config import MTPConfig
 from ..model import States, Transformer
 from ..mtp import first_state, next_state
@@ -45,7 +49,7 @@ def forced_states(
     further_states = [[empty_nD] for _ in range(depths - M)]  # by depth, in pieces of positions
     for start in range(0, read_BnD.shape[1], POSITIONS_AT_ONCE):
         positions = range(start, min(start + POSITIONS_AT_ONCE, read_BnD.shape[1]))
-        cache = caches[M - 1].spread([i + 1 for i in positions])
+        cache = spread_row(caches[M - 1], [i + 1 for i in positions])
         read_n1D = read_BnD[0, positions.start : positions.stop, None]
         for k, depth_states in enumerate(further_states, start=M + 1):
             # past the end of the text any token will do: these states are cut off below
@@ -57,3 +61,14 @@ def forced_states(
         torch.cat(depth_states)[None, : max(0, T - k)]
         for k, depth_states in enumerate(further_states, start=M + 1)
     ]
+
+
+def spread_row(cache: LayerCache, lengths: Sequence[int]) -> LayerCache:
+    """A copy with rows of these lengths: each holds the first positions of the only row."""
+    (held,), (floor,), rows = cache.lengths, cache.floors, len(lengths)
+    spread = copy.copy(cache)
+    spread.tensors = [tensor.repeat_interleave(rows, dim=0) for tensor in cache.tensors]
+    spread.shapes = [(rows, *shape[1:]) for shape in cache.shapes]
+    spread.lengths, spread.floors = [held] * rows, [floor] * rows
+    spread.truncate(lengths)
+    return spread

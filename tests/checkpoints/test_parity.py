@@ -9,7 +9,7 @@ import torch
 from published import family_tests, relative_difference, reload_peer, write_peer
 
 from checkpoints import load_model, save_model
-from modeling import GQAConfig, Transformer
+from modeling import GQAConfig, Transformer, record_attention, record_states
 from moe import Router, record_routing
 
 BOUND = 1e-4
@@ -42,17 +42,24 @@ def test_logits_and_chosen_experts_equal_those_of_transformers(tmp_path, table, 
     check_telling(model)
     generator = torch.Generator().manual_seed(7)
     tokens_BT = torch.randint(model.config.vocab_size, (2, LENGTH), generator=generator)
-    expected_BTV, expected_experts = logits_and_experts(peer, tokens_BT)
+    expected, expected_experts = outputs_and_experts(peer, tokens_BT)
+    expected_BTV = expected.logits
     assert expected_BTV.std() > 0.1
 
-    with record_routing(model) as routings:
+    with (
+        record_routing(model) as routings,
+        record_attention(model) as whole,
+        record_states(model) as states,
+    ):
         whole_BTV = model(tokens_BT)
+    with record_attention(model) as in_pieces:
+        chunks_BTV = cached(model, tokens_BT, CHUNKS)
     save_model(model, tmp_path / "ours")
     again, info = reload_peer(family, tmp_path / "ours")
     assert not any(info.values()), info
     found = {
         "whole": whole_BTV,
-        "chunks": cached(model, tokens_BT, CHUNKS),
+        "chunks": chunks_BTV,
         "steps": cached(model, tokens_BT, [1] * LENGTH),
         "reloaded": again(tokens_BT).logits,
     }
@@ -63,17 +70,38 @@ def test_logits_and_chosen_experts_equal_those_of_transformers(tmp_path, table, 
     assert len(routings) == len(expected_experts) > 0
     for routing, expected_NK in zip(routings.values(), expected_experts, strict=True):
         assert routing.experts_NK.sort().values.equal(expected_NK.sort().values)
+    for attention in (whole, in_pieces):
+        check_attention(attention, expected.attentions)
+    check_states(model, states, expected.hidden_states)
 
 
-def logits_and_experts(peer, tokens_BT):
+def check_attention(recorded, attentions):
+    """The weights of every layer, to 1e-5."""
+    assert list(recorded) == list(range(len(attentions)))
+    for layer, expected_BHTS in enumerate(attentions):
+        weights_BHTS = recorded[layer].weights_BHTS
+        torch.testing.assert_close(weights_BHTS, expected_BHTS, rtol=0, atol=1e-5)
+        assert expected_BHTS[..., -1, :].max() > 3 / LENGTH  # they are uneven
+
+
+def check_states(model, recorded, hidden_states):
+    """What enters each layer, and the last one's output, which transformers gives normed."""
+    *entering, last_BTD = hidden_states
+    for layer, expected_BTD in enumerate(entering):
+        assert relative_difference(recorded[layer].before_BTD, expected_BTD) < BOUND, layer
+    normed_BTD = model.norm(recorded[len(entering) - 1].after_BTD)
+    assert relative_difference(normed_BTD, last_BTD) < BOUND
+
+
+def outputs_and_experts(peer, tokens_BT):
     """Of transformers; the experts as its routers return them, behind logits and weights."""
     recorder = peer.get_decoder()._can_record_outputs["router_logits"]
     routers = [m for m in peer.modules() if isinstance(m, recorder.target_class)]
     chosen: dict[int, torch.Tensor] = {}
     for i, router in enumerate(routers):
         router.register_forward_hook(lambda m, x, out, i=i: chosen.__setitem__(i, out[2]))
-    logits_BTV = peer(tokens_BT).logits
-    return logits_BTV, [chosen[i] for i in range(len(routers))]
+    outputs = peer(tokens_BT, output_attentions=True, output_hidden_states=True)
+    return outputs, [chosen[i] for i in range(len(routers))]
 
 
 def cached(model: Transformer, tokens_BT, lengths: list[int]):

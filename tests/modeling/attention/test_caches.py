@@ -15,10 +15,8 @@ from hypothesis.stateful import (
 )
 from tiny import gqa, model_config, transformer
 
-from modeling import (
-    EntryCache,
-    WindowCache,
-)
+from modeling import EntryCache, WindowCache
+from modeling.generation.teacher_forcing import spread_row
 
 WIDTHS, MAX_LENGTH = [2, 3], 12
 
@@ -147,7 +145,7 @@ def test_a_row_spread_over_many_is_what_each_would_have_been(window, held):
     whole, ends = cache(1), list(range(held + 1))
     whole.append(*(entry[:, :held] for entry in entries))
     before = [tensor.clone() for tensor in whole.tensors]
-    spread = whole.spread(ends)
+    spread = spread_row(whole, ends)
     assert spread.lengths == ends
     shown, keys = spread.append(*(entry[:, held:].expand(len(ends), -1, -1) for entry in entries))
     for row, end in enumerate(ends):
@@ -169,9 +167,9 @@ def test_a_row_spread_over_many_is_what_each_would_have_been(window, held):
 def test_a_row_is_not_spread_to_where_its_window_shows_nothing_any_more():
     cache = WindowCache(1, MAX_LENGTH, WIDTHS, window=3, rollback=1)
     cache.append(*(torch.ones(1, 6, width).double() for width in WIDTHS))
-    assert cache.spread([6, 5]).lengths == [6, 5]
+    assert spread_row(cache, [6, 5]).lengths == [6, 5]
     with pytest.raises(ValueError, match="row 1 cannot be truncated to 4"):
-        cache.spread([6, 4])
+        spread_row(cache, [6, 4])
 
 
 @pytest.mark.parametrize("window", [None, 4, 99])

@@ -17,6 +17,7 @@ from outside import DecayConfig
 from tiny import random_tokens, randomize, sized, softmax_experts, transformer
 
 from modeling import LayerConfig, StateCache, Step
+from modeling.generation.teacher_forcing import spread_row
 
 MAX_LENGTH, H, W = 14, 2, 3
 shares = st.lists(st.floats(0, 1), min_size=3, max_size=3)  # one per row
@@ -156,7 +157,7 @@ def test_a_row_spread_over_many_is_what_each_would_have_been(held):
     inputs = [torch.randn(1, held + 1, w, dtype=torch.float64) for w in (W, H)]
     cache.append(recur, *(x[:, :held] for x in inputs))
     ends = list(range(held + 1))
-    spread = cache.spread(ends)
+    spread = spread_row(cache, ends)
     y = spread.append(recur, *(x[:, held:].expand(len(ends), -1, -1) for x in inputs))
     for row, end in enumerate(ends):
         text = [(x, g) for x, g in zip(inputs[0][0], inputs[1][0], strict=True)]

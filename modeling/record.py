@@ -1,0 +1,154 @@
+"""Recording what happens inside a model: attention weights, and the residual stream.
+
+Both give {layer number: what was recorded}, MTP modules after the main layers, the tokens of all
+forwards in order; see `record_routing` for routers. Recording changes no result, and gradients flow
+through what is recorded. To change what happens, register torch's own hooks on the modules; hooks
+that are there before the recording begins show in it.
+
+Shapes: B batch, T tokens of all forwards, S positions, H heads, D model width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from moe import Recorded, in_backward, keep_hooks, layer_numbers
+
+from .attention.weights import AttentionWeights
+from .model import Block
+from .step import Step
+
+
+class RecordedAttention(Recorded[AttentionWeights]):
+    """{layer number: AttentionWeights}."""
+
+    def join(self, parts: list[AttentionWeights]) -> AttentionWeights:
+        weights, sinks = [part.weights_BHTS for part in parts], [part.sinks_BHT for part in parts]
+        check_rows(weights)
+        S = max(weights_BHTS.shape[-1] for weights_BHTS in weights)
+        padded = [F.pad(weights_BHTS, (0, S - weights_BHTS.shape[-1])) for weights_BHTS in weights]
+        with_sinks = [sinks_BHT for sinks_BHT in sinks if sinks_BHT is not None]
+        sinks_BHT = torch.cat(with_sinks, dim=2) if with_sinks else None
+        return AttentionWeights(torch.cat(padded, dim=2), sinks_BHT)
+
+    def begin(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The hook before an attention: ask for its weights.
+
+        The step keeps the question: when activation checkpointing runs the layer again, perhaps
+        after the recording, it must compute what it computed before.
+        """
+        find_step(args, kwargs).shared[AttentionWeights] = []
+
+    def end(
+        self, layer: int, attention: nn.Module, args: tuple, kwargs: dict, output: Tensor
+    ) -> None:
+        """The hook behind an attention: keep the weights that it reported."""
+        shared = find_step(args, kwargs).shared
+        reported, shared[AttentionWeights] = shared[AttentionWeights], []
+        if in_backward():
+            return
+        if len(reported) == 1:
+            self.parts.setdefault(layer, []).append(reported[0])
+        elif reported or getattr(attention, "has_attention_weights", True):
+            raise ValueError(
+                f"the attention of layer {layer}, a {type(attention).__name__}, reported weights "
+                f"{len(reported)} times: it must call `report_weights` once in a forward, or say "
+                "that it has none by has_attention_weights = False"
+            )
+
+
+class LayerStates(NamedTuple):
+    """The residual stream around the sublayers of one layer, (B, T, D) each."""
+
+    before_BTD: Tensor  # what enters the layer
+    between_BTD: Tensor  # after attention
+    after_BTD: Tensor  # after the feed-forward layer: what enters the next one
+
+
+class RecordedStates(Recorded[LayerStates]):
+    """{layer number: LayerStates}."""
+
+    def join(self, parts: list[LayerStates]) -> LayerStates:
+        check_rows([part.before_BTD for part in parts])
+        return LayerStates(*(torch.cat(states, dim=1) for states in zip(*parts, strict=True)))
+
+    def watch(self, layer: int, block: Block) -> list[RemovableHandle]:
+        """Hooks on a block that keep the states of its forwards."""
+        states: list[Tensor] = []
+
+        def begin(module: nn.Module, inputs: tuple) -> None:
+            states[:] = [inputs[0]]
+
+        def keep(module: nn.Module, inputs: tuple) -> None:
+            states.append(inputs[0])
+
+        def end(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            before_BTD, between_BTD = states
+            if not in_backward():
+                made = LayerStates(before_BTD, between_BTD, output)
+                self.parts.setdefault(layer, []).append(made)
+
+        return [
+            block.register_forward_pre_hook(begin),
+            block.feed_forward_norm.register_forward_pre_hook(keep),
+            block.register_forward_hook(end),
+        ]
+
+
+def find_step(args: tuple, kwargs: dict) -> Step:
+    """The step among the arguments of an attention."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Step))
+
+
+def check_rows(parts: list[Tensor]) -> None:
+    """Raise ValueError unless all parts have the same number of rows."""
+    rows = sorted({len(part) for part in parts})
+    if len(rows) > 1:
+        raise ValueError(f"forwards over {rows} rows cannot be joined: record each by itself")
+
+
+@contextmanager
+def record_attention(model: nn.Module) -> Iterator[RecordedAttention]:
+    """Record the weights of every attention, for the length of a `with` block.
+
+    {layer: AttentionWeights}: column s of `weights_BHTS` is position s of the row, whatever the
+    cache keeps where; queries that are padding have zeros. The weights come from the plain twin of
+    the attention, beside the fast kernel, so they need memory for B x H x T x S numbers a layer.
+    Raises ValueError in a forward for an attention that reports no weights, unless it says that it
+    has none.
+    """
+    recorded, hooks, seen = RecordedAttention(), [], set[nn.Module]()
+    for module, layer in layer_numbers(model).items():
+        if module not in seen and is_attention(module):
+            seen |= set(module.modules())  # of a wrapped attention, the wrapper stands for both
+            end = partial(recorded.end, layer)
+            hooks.append(module.register_forward_pre_hook(recorded.begin, with_kwargs=True))
+            hooks.append(module.register_forward_hook(end, with_kwargs=True))
+    with keep_hooks(hooks):
+        yield recorded
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is an `Attention`; a `Transformer` makes caches too, of all its layers."""
+    return hasattr(module, "make_cache") and not hasattr(module, "numbered_layers")
+
+
+@contextmanager
+def record_states(model: nn.Module) -> Iterator[RecordedStates]:
+    """Record the residual stream after every sublayer, for the length of a `with` block.
+
+    {layer: LayerStates}: as it enters the layer, after attention, and after the feed-forward layer.
+    `recorded[0].before_BTD` is the embedding.
+    """
+    recorded, hooks = RecordedStates(), list[RemovableHandle]()
+    for module, layer in layer_numbers(model).items():
+        if isinstance(module, Block):
+            hooks += recorded.watch(layer, module)
+    with keep_hooks(hooks):
+        yield recorded
