@@ -1,7 +1,7 @@
 """What the tests of several families check alike, each on tiny models of its own.
 
-The numbers in `test_trap_..._` count the places where implementations are known to part ways.
-transformers is the other side wherever it has one.
+The numbers in `test_trap_<number>_...` are those of TRAPS.md, which says what each trap is, whom it
+concerns and which tests hold it. transformers is the other side wherever it has the family.
 
 Shapes: N tokens, D model width, E experts, T positions.
 """
@@ -9,6 +9,7 @@ Shapes: N tokens, D model width, E experts, T positions.
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,28 @@ def check_window(path: Path, family: str, overrides: dict, window: int) -> None:
 
     for logits_of in (lambda tokens_BT: peer(tokens_BT).logits, model, stepwise):
         assert reach(logits_of, 2 * window + 3) == window
+
+
+@torch.no_grad()
+def check_rotated_part(
+    path: Path, family: str, overrides: dict, queries: str, rotated: slice, rest: slice
+) -> None:
+    """Queries of a single layer see the order of earlier tokens by their rotated part alone.
+
+    queries: how the names of the matrices end that make them; rotated, rest: rows of each head.
+    """
+    tokens_BT = random_tokens(12)
+    other_BT = torch.cat([tokens_BT[:, :-1].flip(1), tokens_BT[:, -1:]], dim=1)
+
+    def clear(rows: slice, peer: PreTrainedModel) -> None:
+        for weight in named(peer, queries):
+            weight.unflatten(0, (overrides["num_attention_heads"], -1))[:, rows] = 0
+
+    for cleared, ordered in ((rotated, False), (rest, True)):
+        peer, model = pair(path, family, overrides, partial(clear, cleared))
+        for logits_of in (lambda tokens_BT, peer=peer: peer(tokens_BT).logits, model):
+            last_V, other_V = logits_of(torch.cat([tokens_BT, other_BT]))[:, -1]
+            assert (relative_difference(other_V, last_V) > BOUND) is ordered
 
 
 def biases_in_a_layer(peer: PreTrainedModel, layer: int = 0) -> set[str]:

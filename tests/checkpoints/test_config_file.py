@@ -71,3 +71,13 @@ def test_what_nothing_asked_for_can_be_listed():
     fields.integer("a")
     fields.has("b")
     assert fields.unread() == ["c", "d"]
+
+
+def test_trap_40_a_list_counts_as_far_as_there_are_layers_and_is_never_shorter():
+    fields = Fields({"kinds": ["a", "b", "b", "a"], "sizes": [3, 5, 7, 9]})
+    assert fields.layer_kinds("kinds", ["a", "b"], default=["a"] * 3) == ["a", "b", "b"]
+    assert fields.per_layer(3, "sizes") == [3, 5, 7]
+    with pytest.raises(ConfigError, match=r"^kinds = .*expected a list of at least 5 of a, b$"):
+        fields.layer_kinds("kinds", ["a", "b"], default=["a"] * 5)
+    with pytest.raises(ConfigError, match=r"^sizes = .*expected one for each of 5 layers$"):
+        fields.per_layer(5, "sizes")

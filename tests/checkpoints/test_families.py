@@ -1,6 +1,6 @@
 """Every family has its test file, and what that says of the family in data holds.
 
-A file tests/families/test_<adapter>.py has, as data:
+A file tests/checkpoints/families/test_<adapter>.py has, as data:
 
   MODEL_TYPES  the model_types of the adapter
   PUBLISHED    release -> its config.json
@@ -13,7 +13,7 @@ A file tests/families/test_<adapter>.py has, as data:
   layouts      a tiny checkpoint's tensors as transformers writes them -> the same content in every
                other layout that the adapter accepts, by name
 
-and a `test_trap_<number>_...` for each of the known places where implementations part ways.
+and a `test_trap_<number>_...` for the places in tests/TRAPS.md that concern it.
 """
 
 import ast
@@ -31,7 +31,7 @@ import pytest
 import torch
 from files import ROOT, tensors_of, write_tensors
 from published import entries_of, family_tests, write_peer
-from traps import build_on_meta, read
+from traps import build_on_meta, check_refused, read
 
 from checkpoints import CheckpointError, load_model, read_config, unread_keys
 from checkpoints.families import FAMILIES, MECHANISMS, NOT_YET, native
@@ -107,6 +107,37 @@ def test_parameters_add_up_to_the_known_totals(family, release):
         if known is not None:
             digits = len(str(known).partition(".")[2])
             assert counted[kind] / 1e9 == pytest.approx(known, abs=0.501 * 10**-digits), kind
+
+
+def changed(raw: dict, **changes) -> dict:
+    """The same config.json with keys changed where those of the text model stand."""
+    if "text_config" in raw:
+        return raw | {"text_config": raw["text_config"] | changes}
+    return raw | changes
+
+
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
+
+@every_family
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_parameters", {"full_attention": PLAIN_ROPE, "sliding_attention": PLAIN_ROPE}),
+        ("rope_theta", [1e4, 1e6]),
+        ("no_rope_layers", [1, 0]),
+    ],
+)
+def test_trap_10_rope_that_differs_between_layers_is_refused(tmp_path, family, key, value):
+    raw = next(iter(family.PUBLISHED.values()))
+    check_refused(tmp_path, key, changed(raw, **{key: value}))
+
+
+@every_family
+def test_trap_43_a_scale_of_the_values_is_refused(tmp_path, family):
+    raw = next(iter(family.PUBLISHED.values()))
+    said = "attention_value_scale = 0.707 changes the model"
+    check_refused(tmp_path, said, changed(raw, attention_value_scale=0.707))
 
 
 WRONG_NUMBERS = (0, -1, 2, 7, 99999, 10**7, 1.5, -0.5)

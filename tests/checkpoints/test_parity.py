@@ -1,6 +1,6 @@
 """Our logits are those of transformers, through its files and our loader, however fed.
 
-Every variant of every family that transformers has; `pytest tests/test_parity.py -rP` prints the
+Every variant of every family that transformers has; `pytest tests/checkpoints/test_parity.py -rP` prints the
 differences as a table, in units of the logits' standard deviation.
 """
 

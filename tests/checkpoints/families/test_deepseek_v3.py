@@ -25,6 +25,7 @@ from traps import (
     check_masked_groups,
     check_mtp_layer_is_apart,
     check_refused,
+    check_rotated_part,
     check_router_precision,
     check_routing,
     check_states_are_normed,
@@ -354,6 +355,12 @@ def test_trap_04_neighbours_are_rotated_together_unless_rope_interleave_is_false
     assert partners_of_the_first(rope) == {0, 1}
     halves = read(published, rope_interleave=False).layers[0].attention.rope
     assert partners_of_the_first(halves) == {0, 32}
+
+
+def test_trap_07_the_last_dimensions_of_a_head_are_rotated(tmp_path):
+    check_rotated_part(
+        tmp_path, "deepseek_v3", ONE, r"\.q_b_proj\.weight", slice(-6, None), slice(-6)
+    )
 
 
 @pytest.mark.parametrize("nothing", [REMOVED, None, {}])

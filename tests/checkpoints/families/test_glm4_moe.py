@@ -16,6 +16,7 @@ from traps import (
     check_masked_groups,
     check_mtp_layer_is_apart,
     check_refused,
+    check_rotated_part,
     check_router_precision,
     check_routing,
     check_states_are_normed,
@@ -225,6 +226,11 @@ def test_dense_layers_come_first_and_then_sparse_ones():
 )
 def test_what_the_family_does_not_have_is_refused(tmp_path, key, value):
     check_refused(tmp_path, f"{key} = {value!r}", GLM, **{key: value})
+
+
+def test_trap_07_the_first_dimensions_of_a_head_are_rotated(tmp_path):
+    single = SIZES | {"num_hidden_layers": 1, "first_k_dense_replace": 0}
+    check_rotated_part(tmp_path, "glm4_moe", single, r"\.q_proj\.weight", slice(8), slice(8, None))
 
 
 @pytest.mark.parametrize(

@@ -179,16 +179,23 @@ def layouts(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return {"fused experts": fused(tensors)}
 
 
-def test_the_kinds_of_layers_come_from_a_list_or_from_a_number():
-    def dense(**changes) -> list[int]:
-        kinds = [layer.feed_forward for layer in read(FLASH, **changes).layers]
-        return [i for i, kind in enumerate(kinds) if isinstance(kind, DenseConfig)]
+def dense_layers(**changes) -> list[int]:
+    kinds = [layer.feed_forward for layer in read(FLASH, **changes).layers]
+    return [i for i, kind in enumerate(kinds) if isinstance(kind, DenseConfig)]
 
-    assert dense() == [0]
-    assert dense(first_k_dense_replace=REMOVED) == [0]
-    assert dense(first_k_dense_replace=3) == [0, 1, 2]
-    kinds = ["sparse", "dense"] * 24  # as long as the layers with the MTP module
-    assert dense(mlp_layer_types=kinds) == list(range(1, 47, 2))
+
+def test_the_kinds_of_layers_come_from_a_list_or_from_a_number():
+    assert dense_layers() == [0]
+    assert dense_layers(first_k_dense_replace=REMOVED) == [0]
+    assert dense_layers(first_k_dense_replace=3) == [0, 1, 2]
+    kinds = ["sparse", "dense"] * 23 + ["sparse"]
+    assert dense_layers(mlp_layer_types=kinds) == list(range(1, 47, 2))
+
+
+def test_trap_40_a_list_of_layers_may_go_on_with_the_mtp_module():
+    kinds = ["sparse", "dense"] * 24
+    assert dense_layers(mlp_layer_types=kinds) == list(range(1, 47, 2))
+    assert len(read(FLASH, mlp_layer_types=kinds).layers) == 47
 
 
 @pytest.mark.parametrize("kinds", [["dense"] * 46, ["dense"] * 46 + ["moe"], "dense", [1] * 47])

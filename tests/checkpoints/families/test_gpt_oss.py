@@ -16,9 +16,12 @@ from traps import (
     check_window,
     experts_of,
     named,
+    our_weights,
     pair,
     random_tokens,
     read,
+    router_output,
+    their_weights,
 )
 
 from checkpoints import CheckpointError, load_model
@@ -259,6 +262,21 @@ def test_trap_17_a_softmax_over_the_chosen_is_one_over_all_that_is_normalised(tm
 
 def test_trap_22_the_router_multiplies_in_the_weights_precision(tmp_path):
     check_router_precision(tmp_path, "gpt_oss", SIZES, wide=False)
+
+
+@torch.no_grad()
+def test_trap_24_weights_are_float32_and_theirs_are_rounded_to_the_models_precision(tmp_path):
+    peer, model = pair(tmp_path, "gpt_oss", SIZES, dtype=torch.bfloat16)
+    sparse = peer.bfloat16().model.layers[0].mlp
+    x_ND = torch.randn(50, 60, generator=torch.Generator().manual_seed(1)).bfloat16()
+    logits_NE, _, experts_NK = router_output(sparse, x_ND)
+    exact_NK = logits_NE.gather(-1, experts_NK).float().softmax(dim=-1)
+    weights_NE = our_weights(model.layers[0].feed_forward, x_ND)
+    torch.testing.assert_close(weights_NE.gather(-1, experts_NK), exact_NK)
+    theirs_NE = their_weights(sparse, x_ND)
+    assert theirs_NE.dtype == torch.bfloat16
+    torch.testing.assert_close(weights_NE, theirs_NE.float(), rtol=2**-8, atol=0)
+    assert not weights_NE.equal(weights_NE.bfloat16().float())
 
 
 def test_trap_29_columns_of_gate_and_up_alternate(tmp_path):

@@ -170,7 +170,7 @@ def test_trap_23_one_group_is_no_limit():
     )
 
 
-def test_trap_33_how_the_text_is_packed_is_read_inside_text_config(tmp_path):
+def test_how_the_text_is_packed_is_read_inside_text_config(tmp_path):
     packed = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
     said = "quantization_config.format = 'nvfp4-pack-quantized', expected one of"
     check_refused(

@@ -83,7 +83,7 @@ def test_blocks_are_multiplied_by_their_scales_the_partial_ones_too(N, K, rows, 
     assert torch.equal(dequantize_blocks(weight, scale, (rows, columns)), expected)
 
 
-def test_576_rows_are_four_blocks_of_128_and_one_of_64():
+def test_trap_31_576_rows_are_four_blocks_of_128_and_one_of_64():
     ones = torch.ones(576, 200).to(E4M3)
     out = dequantize_blocks(ones, torch.arange(10.0).view(5, 2), (128, 128))
     assert out[[0, 127, 128, 511, 512, 575], 0].tolist() == [0, 0, 2, 6, 8, 8]
@@ -118,7 +118,7 @@ def test_scales_of_another_shape_are_refused(shape):
         dequantize_blocks(fp8(6, 9), scales(*shape), (3, 3))  # 2 x 3 blocks
 
 
-def test_scale_bytes_are_powers_of_two():
+def test_trap_32_scale_bytes_are_powers_of_two():
     every_byte = torch.arange(256).to(torch.uint8).view(256, 1)
     expected = torch.tensor([2.0 ** (b - 127) for b in range(255)])
     for scale in (every_byte, every_byte.view(E8M0)):
@@ -179,7 +179,7 @@ def plain_fp4(code: int) -> float:
     return -size if sign else size
 
 
-def test_every_byte_of_mxfp4_with_every_scale():
+def test_trap_34_every_byte_of_mxfp4_with_every_scale():
     blocks = torch.arange(256).to(torch.uint8).view(1, 16, 16).repeat(255, 1, 1)
     scale = torch.arange(255).to(torch.uint8).view(255, 1).repeat(1, 16)
     numbers = [plain_fp4(code) for b in range(256) for code in (b & 15, b >> 4)]
@@ -245,7 +245,7 @@ def test_what_is_needed_meanwhile_does_not_grow_with_the_tensor(monkeypatch):
     assert max(n for p, n in made.bytes.items() if p not in ends) <= 30 * 40 * 50 * 4 // 10
 
 
-def test_numbers_lie_in_a_word_from_its_lowest_bits_up():
+def test_trap_33_numbers_lie_in_a_word_from_its_lowest_bits_up():
     word = torch.tensor([[0x76543210, 0xFEDCBA98 - 2**32]]).to(torch.int32)
     assert unpack_integers(word, 4).tolist() == [[n - 8 for n in range(16)]]
     found = unpack_integers(torch.tensor([[0x7F80FF00]], dtype=torch.int32), 8)
@@ -500,7 +500,7 @@ def test_nothing_is_read_before_it_is_asked_for():
         (["Linear"], ["Linear"], 0),
     ],
 )
-def test_the_config_group_is_chosen_by_its_targets(targets, others, chosen):
+def test_trap_33_the_config_group_is_chosen_by_its_targets(targets, others, chosen):
     bits, size = [(4, 32), (8, 16)][chosen]
     tensors = packed("layers.3.experts.7.up", 3, 64, bits, size)
     groups = group(*targets), group(*others, num_bits=8, group_size=16)
