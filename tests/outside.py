@@ -4,7 +4,7 @@ A router that hashes token states into experts, an attention without softmax who
 a feed-forward layer with a bare parameter.
 
 Shapes: B batch, T positions, L positions of one run, N tokens, D model width, E experts, H heads, P
-head width.
+head width, V = H * P, W = 3 * V.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from modeling import StateCache
-from moe import Config, Count, Routing
+from moe import Config, Count, Routing, exact_products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +57,20 @@ class DecayAttention(nn.Module):
         qkv_BTW = self.qkv(x_BTD)
         if cache is None:
             B, T, (H, P) = *x_BTD.shape[:2], (self.config.num_heads, self.config.head_width)
-            zeros = [qkv_BTW.new_zeros(B, H, P, P), qkv_BTW.new_zeros(B, H, P)]
+            wide = torch.promote_types(x_BTD.dtype, torch.float32)
+            zeros = [x_BTD.new_zeros(B, *shape, dtype=wide) for shape in ((H, P, P), (H, P))]
             real_BT = step.real_mask(T)
             real_BT = x_BTD.new_ones(B, T, dtype=torch.bool) if real_BT is None else real_BT
-            y_BTW, _ = self.recur(zeros, [qkv_BTW], real_BT)
+            y_BTV, _ = self.recur(zeros, [qkv_BTW], real_BT)
         else:
-            y_BTW = cache.append(self.recur, qkv_BTW, counts=step.counts)
-        return self.o(y_BTW)
+            y_BTV = cache.append(self.recur, qkv_BTW, counts=step.counts)
+        return self.o(y_BTV)
 
     def recur(self, states, inputs, real_BL: Tensor):
         state_BHPP, before_BHP = states
         H, (qkv_BLW,), outputs = self.config.num_heads, inputs, []
-        q_BLHP, k_BLHP, v_BLHP = rearrange(qkv_BLW, "B L (n H P) -> n B L H P", n=3, H=H)
+        wide_BLW = qkv_BLW.to(state_BHPP.dtype)
+        q_BLHP, k_BLHP, v_BLHP = rearrange(wide_BLW, "B L (n H P) -> n B L H P", n=3, H=H)
         decay_H11 = torch.sigmoid(self.decay)[:, None, None]
         for i in range(qkv_BLW.shape[1]):
             real_B111 = real_BL[:, i, None, None, None]
@@ -76,8 +79,8 @@ class DecayAttention(nn.Module):
             state_BHPP = torch.where(real_B111, new_BHPP, state_BHPP)
             before_BHP = torch.where(real_B111[..., 0], k_BLHP[:, i], before_BHP)
             outputs.append(torch.einsum("BHP,BHPQ->BHQ", q_BLHP[:, i], state_BHPP).flatten(1))
-        y_BLW = torch.stack(outputs, dim=1) if outputs else qkv_BLW.tensor_split(3, dim=-1)[0]
-        return y_BLW.to(qkv_BLW.dtype), [state_BHPP, before_BHP]
+        y_BLV = torch.stack(outputs, dim=1) if outputs else qkv_BLW.tensor_split(3, dim=-1)[0]
+        return y_BLV.to(qkv_BLW.dtype), [state_BHPP, before_BHP]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +117,9 @@ class CosineRouter(nn.Module):
     def forward(self, x_ND: Tensor) -> Routing:
         wide = torch.promote_types(x_ND.dtype, torch.float32)
         x_ND, directions_ED = x_ND.to(wide), self.directions.to(wide)
-        cosine_NE = (
-            nn.functional.normalize(x_ND, dim=-1) @ nn.functional.normalize(directions_ED, dim=-1).T
-        )
+        with exact_products(x_ND.device.type):
+            x_ND, directions_ED = normalize(x_ND, dim=-1), normalize(directions_ED, dim=-1)
+            cosine_NE = x_ND @ directions_ED.T
         logits_NE = cosine_NE * self.temperature
         scores_NE = logits_NE.softmax(dim=-1)
         experts_NK = (scores_NE + self.selection_bias).topk(self.config.slots, dim=-1).indices
