@@ -24,6 +24,7 @@ from modeling import (
     next_token_loss,
 )
 from moe import MoEConfig, expert_load, record_routing, routers, sequence_balance_loss
+from moe.testing import close
 from tools.describe import describe_checkpoint
 
 DECAY = DecayConfig(num_heads=2, head_width=3)
@@ -39,10 +40,6 @@ def config(mtp: int = 0):
         LayerConfig(attention=gqa(window=3), feed_forward=softmax_experts()),
     )
     return sized(layers=layers, mtp=modules(layers[2:3], mtp))
-
-
-def close(actual, expected, tolerance=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("mtp", [0, 1])

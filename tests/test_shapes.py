@@ -1,16 +1,14 @@
 """Names tell shapes: x_BTD has three dimensions, and a letter is one size within a call.
 
-A letter of a suffix is a dimension, upper and lower case apart; a digit is a dimension of that
-size. Where a file's legend allows any leading dimensions ("..."), a suffix names the last ones.
-A dimension of size 1 may stand for any other: it broadcasts.
+The rules stand in `moe.testing.wrong_shapes`; here all functions of the packages are watched.
 """
 
 from pathlib import Path
 
 import pytest
 import torch
+from files import ROOT
 from outside import CosineRouterConfig, DecayConfig, SquaredConfig
-from shapes import checked_shapes
 from tiny import (
     VARIED,
     YARN,
@@ -37,6 +35,9 @@ from moe import (
     sequence_balance_loss,
     updated_selection_bias,
 )
+from moe.testing import watch_names
+
+PACKAGES = tuple(f"{ROOT / package}/" for package in ("moe", "modeling"))
 
 
 def run_everything(model) -> None:
@@ -100,7 +101,7 @@ MODELS = {
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_every_suffixed_tensor_has_the_shape_its_name_says(model):
-    with checked_shapes() as found:
+    with watch_names(lambda file: file.startswith(PACKAGES)) as found:
         run_everything(model)
     wrong = [f"{place}: {complaint}" for place in sorted(found) for complaint in found[place]]
     assert not wrong, "\n".join(wrong)
@@ -123,6 +124,6 @@ def test_every_suffixed_tensor_has_the_shape_its_name_says(model):
 )
 def test_the_checker_catches_a_planted_mismatch_and_nothing_else(planted, shapes, complaints):
     tensors = [torch.zeros(shape) for shape in shapes]
-    with checked_shapes((__file__,)) as found:
+    with watch_names(__file__.__eq__) as found:
         planted(*tensors)
     assert found[f"{Path(__file__).name}: <lambda>"] == complaints

@@ -22,23 +22,15 @@ from modeling import (
     Transformer,
     YarnConfig,
 )
+from modeling.testing import random_tokens, transformer
+from modeling.testing import tiny_gqa as gqa
+from modeling.testing import tiny_mla as mla
+from modeling.testing import tiny_rope as rope
 from moe import Clamp, DenseConfig, MoEConfig, TopK
+from moe.testing import randomize
+from moe.testing import tiny_moe as grouped_experts
 
 YARN = YarnConfig(factor=4.0, original_length=64, beta_fast=16.0, beta_slow=1.0)
-
-
-def rope(**changes) -> RopeConfig:
-    return RopeConfig(**{"width": 4, "theta": 50.0, "layout": "interleaved"} | changes)
-
-
-def mla(**changes) -> MLAConfig:
-    widths = {"num_heads": 3, "query_rank": 9, "kv_rank": 6, "nope_width": 5, "value_width": 7}
-    return MLAConfig(**widths | {"rope": rope(), "bias": True} | changes)
-
-
-def gqa(**changes) -> GQAConfig:
-    widths = {"num_heads": 6, "kv_heads": 3, "head_width": 7}
-    return GQAConfig(**widths | {"rope": rope(layout="half")} | changes)
 
 
 def sparse(**fields) -> MoEConfig:
@@ -48,15 +40,6 @@ def sparse(**fields) -> MoEConfig:
 
 
 ROUTER_FIELDS = {field.name for field in dataclass_fields(TopK)}
-
-
-def grouped_experts(**changes) -> MoEConfig:
-    """Eight experts in four groups, chosen by biased sigmoids, with a shared one."""
-    experts = {"num_experts": 8, "top_k": 3, "expert_width": 5, "shared_width": 9}
-    groups = {"num_groups": 4, "groups_kept": 2, "group_score": "top2_sum"}
-    weighing = {"normalize": True, "normalize_epsilon": 1e-20, "scale": 1.7}
-    scoring = {"scoring": "sigmoid", "selection_bias": True}
-    return sparse(**experts | groups | weighing | scoring | changes)
 
 
 def softmax_experts(**changes) -> MoEConfig:
@@ -120,13 +103,6 @@ VARIED = {
 }
 
 
-def transformer(config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0):
-    """A randomised `Transformer` that tracks no gradients."""
-    model = Transformer(config).to(dtype).requires_grad_(False)
-    randomize(model, seed)
-    return model
-
-
 @torch.no_grad()
 def agreeable(config: ModelConfig, strength: float = 0.05) -> Transformer:
     """A model whose drafts are often right: its layers add little to the embedding."""
@@ -145,26 +121,6 @@ def agreeable(config: ModelConfig, strength: float = 0.05) -> Transformer:
         if module.head is not None:
             module.head.weight.copy_(model.head.weight)
     return model
-
-
-@torch.no_grad()
-def randomize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter and buffer with noise: matrices wide enough that attention is uneven,
-    the rest around where it begins, norms at 1 and biases at 0."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} holds {tensor.dtype}: what would noise be?")
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        if tensor.dim() > 1:
-            tensor.copy_(noise * 2.5 / tensor.shape[-1] ** 0.5)
-        else:
-            tensor.copy_(tensor.mean().round() + 0.4 * noise)
-
-
-def random_tokens(batch: int, length: int, vocab_size: int = 23, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab_size, (batch, length), generator=generator)
 
 
 def plain_norm(x_D: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:

@@ -1,7 +1,8 @@
 """Our logits are those of transformers, through its files and our loader, however fed.
 
-Every variant of every family that transformers has; `pytest tests/checkpoints/test_parity.py -rP` prints the
-differences as a table, in units of the logits' standard deviation.
+Every variant of every family that transformers has, recorded attention and states included;
+`pytest tests/checkpoints/test_parity.py -rP` prints the differences as a table, in units of the
+logits' standard deviation.
 """
 
 import pytest

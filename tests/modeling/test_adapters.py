@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from modeling import QKNormConfig, forced_states, generate, mtp_loss, next_token_loss
 from modeling.linear import plain_weight
+from moe.testing import close
 
 ATTENTIONS = {
     "mla": mla(),
@@ -98,10 +99,6 @@ def change(model: nn.Module, path: str, how: str) -> bool:
 
 
 HOWS = ["adapter", "hook", "pre-hook", "parametrised", "patched forward", "int8", "float8_e4m3fn"]
-
-
-def close(actual, expected, tolerance=1e-9):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def check_all_ways_agree(model, plain) -> None:

@@ -9,13 +9,9 @@ from hypothesis import strategies as st
 from tiny import random_tokens
 
 from modeling import mtp_loss, next_token_loss
+from moe.testing import noise
 
 V, D = 9, 6
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def plain_loss(states_BTD, head_VD, tokens_BT, ahead, mask_BT=None, documents_BT=None) -> float:

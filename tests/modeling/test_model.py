@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modeling import LayerConfig, MTPConfig, Step, Transformer, mtp_loss, next_token_loss
 from moe import DenseConfig
+from moe.testing import close
 
 STRETCHED = rope(yarn=YARN, amplitude=1.3, softmax_multiplier=1.4)
 MODELS = {
@@ -35,10 +36,6 @@ MODELS = {
 }
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 LENGTH = 7
-
-
-def close(actual, expected, tolerance=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @every_model

@@ -23,6 +23,7 @@ from tiny import (
 from modeling import LayerConfig, ModelConfig, MTPConfig, Step
 from modeling.generation.teacher_forcing import forced_states
 from moe import ConfigError
+from moe.testing import close
 
 CONFIGS = {
     "mla": lambda mtp: model_config(mla(), mtp),
@@ -31,10 +32,6 @@ CONFIGS = {
     **VARIED,
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-
-
-def close(actual, expected, tolerance=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def plain_draft_states(model, tokens_T, depths):

@@ -31,6 +31,7 @@ from modeling import (
 from modeling.attention import dot_product
 from modeling.attention import gqa as gqa_file
 from modeling.attention import mla as mla_file
+from moe.testing import close
 
 MODELS = {
     "mla": transformer(model_config(mla(), mtp=2)),
@@ -38,10 +39,6 @@ MODELS = {
     **{name: transformer(config(mtp=1)) for name, config in VARIED.items()},
 }
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
-
-
-def close(actual, expected, tolerance=1e-12):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def feed(model, tokens_BT, cuts):

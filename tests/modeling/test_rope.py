@@ -22,22 +22,14 @@ from tiny import (
 import modeling.rope
 from modeling import RopeConfig, Step, YarnConfig
 from modeling.rope import inverse_frequencies, rotate
+from moe.testing import close, noise
 
 layouts = pytest.mark.parametrize("layout", ["half", "interleaved"])
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def turn(x_P: torch.Tensor, config: RopeConfig, position: int) -> torch.Tensor:
     """One vector, through the code under test."""
     return rotate(x_P[None, None, None], config, Step(torch.tensor([[position]])))[0, 0, 0]
-
-
-def close(actual, expected, tolerance):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @layouts

@@ -60,7 +60,7 @@ def shortened(config, layers):
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-def close(actual, expected, tolerance=None):
+def agree(actual, expected, tolerance=None):
     """Equal up to rounding in their dtype, in units of the largest number."""
     tolerance = tolerance or TOLERANCES[expected.dtype]
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
@@ -75,14 +75,14 @@ def about(actual, expected, tolerance=0.05):
 
 def equal_in(dtype):
     """How what is computed in this dtype is compared, whatever dtype its result has."""
-    return about if dtype == torch.bfloat16 else close
+    return about if dtype == torch.bfloat16 else agree
 
 
-def all_close(actual, expected, tolerance=None):
+def all_agree(actual, expected, tolerance=None):
     """`close` of dicts of tensors."""
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        close(actual[name], tensor, tolerance)
+        agree(actual[name], tensor, tolerance)
 
 
 def gradients_of(model, loss):
@@ -128,7 +128,7 @@ def test_compiled_prediction_modules_give_the_models_logits():
         expected = model.mtp_logits(tokens_BT)
         assert len(expected) == 2
         for ours, theirs in zip(made(tokens_BT), expected, strict=True):
-            close(ours, theirs)
+            agree(ours, theirs)
 
 
 def test_a_length_that_varies_is_compiled_twice_at_most():
@@ -137,7 +137,7 @@ def test_a_length_that_varies_is_compiled_twice_at_most():
     made = compiled(model, lambda graph, inputs: graphs.append(1) or graph)
     for length in (5, 7, 11, 13):
         tokens_BT = random_tokens(2, length)
-        close(made(tokens_BT), model(tokens_BT))
+        agree(made(tokens_BT), model(tokens_BT))
     assert len(graphs) <= 2
 
 
@@ -153,7 +153,7 @@ def test_gradients_of_a_compiled_model_are_the_models(config, dtype):
     made, tokens_BT = compiled(model, "aot_eager"), random_tokens(2, 7)
     found, expected = (gradients_of(model, run(tokens_BT).square().mean()) for run in (made, model))
     assert expected.keys() == dict(model.named_parameters()).keys()
-    all_close(found, expected, 1e-4 if dtype == torch.float32 else 1e-10)
+    all_agree(found, expected, 1e-4 if dtype == torch.float32 else 1e-10)
 
 
 @pytest.mark.parametrize("attention", [mla(), gqa(window=3, sinks=True)], ids=["mla", "window"])
@@ -167,10 +167,10 @@ def test_compiled_decoding_with_a_cache_gives_the_models_logits(attention):
     )
     parts = [made(part_BT, cache) for part_BT in tokens_BT.split([5, 1], dim=1)]
     whole_BTV = model(tokens_BT)
-    close(torch.cat(parts, dim=1), whole_BTV)
+    agree(torch.cat(parts, dim=1), whole_BTV)
     assert cache.lengths == [6, 6]
     cache.truncate(5)
-    close(made(tokens_BT[:, 5:], cache), whole_BTV[:, 5:])
+    agree(made(tokens_BT[:, 5:], cache), whole_BTV[:, 5:])
 
 
 # --- sparse layers by themselves, whose slots may be empty
@@ -210,9 +210,9 @@ def test_a_compiled_sparse_layer_has_the_layers_outputs_and_gradients(router, wi
     layer, x_BTD = sparse_layer(router, width), batch_of_rows(width)
     assert_slots_are_empty(layer, x_BTD)
     made = compiled(layer, "aot_eager")
-    close(made(x_BTD), layer(x_BTD))
+    agree(made(x_BTD), layer(x_BTD))
     found, expected = (gradients_of(layer, run(x_BTD).square().mean()) for run in (made, layer))
-    all_close(found, expected, 1e-4)
+    all_agree(found, expected, 1e-4)
 
 
 @every_router
@@ -233,7 +233,7 @@ def squared(layer, parameters, inputs):
 def check_gradients_by_element(mapped, looped):
     """Of vmap(grad(...)), stacked, and of grad(...) for one element after the other."""
     for i, expected in enumerate(looped):
-        all_close({name: stack[i] for name, stack in mapped.items()}, expected, 1e-4)
+        all_agree({name: stack[i] for name, stack in mapped.items()}, expected, 1e-4)
 
 
 @every_router
@@ -265,7 +265,7 @@ def test_sparse_layers_mapped_over_their_weights_equal_a_loop(router, width, dty
         return functional_call(layers[0], own | shared, (x_TD,))
 
     each = [{name: weights[i] for name, weights in mapped.items()} for i in range(3)]
-    close(vmap(run)(mapped), torch.stack([run(own) for own in each]))
+    agree(vmap(run)(mapped), torch.stack([run(own) for own in each]))
     gradient = grad(lambda own: run(own).square().mean())
     check_gradients_by_element(vmap(gradient)(mapped), [gradient(own) for own in each])
 
@@ -282,7 +282,7 @@ def test_an_exported_model_gives_the_models_logits_for_other_tokens(config):
     exported = torch.export.export(model, (random_tokens(2, 7),)).module()
     for seed in (1, 2):
         tokens_BT = random_tokens(2, 7, seed=seed)
-        close(exported(tokens_BT), model(tokens_BT))
+        agree(exported(tokens_BT), model(tokens_BT))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -321,7 +321,7 @@ def test_an_ensemble_of_models_equals_its_members(config):
     models, tokens_BT = [transformer(config, seed=seed) for seed in range(3)], random_tokens(2, 7)
     mapped = vmap(lambda *state: functional_call(models[0], state, (tokens_BT,)))
     logits = mapped(*stack_module_state(models))
-    close(logits, torch.stack([model(tokens_BT) for model in models]))
+    agree(logits, torch.stack([model(tokens_BT) for model in models]))
 
 
 def test_unknown_ids_are_refused_wherever_values_can_be_read():
@@ -371,11 +371,11 @@ def test_blocks_may_be_checkpointed_and_train_and_record_as_they_are(config):
 
     plain, expected = trained(transformer(config))
     routings, found = trained(checkpoint_blocks(transformer(config)))
-    all_close(found, expected)
+    all_agree(found, expected)
     assert routings.keys() == plain.keys()
     for layer, routing in plain.items():
         assert routings[layer].experts_NK.equal(routing.experts_NK)
-        close(routings[layer].weights_NK, routing.weights_NK)
+        agree(routings[layer].weights_NK, routing.weights_NK)
 
 
 # --- autocast
@@ -583,7 +583,7 @@ def test_a_sharded_model_gives_the_plain_logits_and_gradients(process, config, s
     assert logits_BTV.equal(plain(tokens_BT))
     found = gradients_of(model, logits_BTV.square().mean())
     whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in found.items()}
-    all_close(whole, expected)
+    all_agree(whole, expected)
 
 
 @every_sharded
@@ -656,4 +656,4 @@ def test_a_loss_of_states_trains_an_unsharded_model_as_the_plain_one(process):
     found = {
         n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in trained(model).items()
     }
-    all_close(found, expected)
+    all_agree(found, expected)

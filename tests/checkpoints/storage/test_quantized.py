@@ -13,7 +13,6 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from shapes import checked_shapes
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -30,12 +29,13 @@ from checkpoints.storage.quantized import (
 )
 from checkpoints.storage.shards import Shards, StoredTensor, open_shards
 from checkpoints.storage.weights import find_weights
+from moe.testing import watch_names
 
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 sizes, edges, seeds = st.integers(1, 13), st.integers(1, 7), st.integers(0, 10**6)
 
 
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+def rough_noise(*shape: int, seed: int = 0) -> torch.Tensor:
     """Numbers of very different magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     exponents = torch.randint(-6, 7, shape, generator=generator)
@@ -53,11 +53,11 @@ def random_words(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def fp8(*shape: int, seed: int = 0) -> torch.Tensor:
-    return noise(*shape, seed=seed).to(E4M3)
+    return rough_noise(*shape, seed=seed).to(E4M3)
 
 
 def scales(*shape: int, seed: int = 1) -> torch.Tensor:
-    return noise(*shape, seed=seed).abs() + 0.01
+    return rough_noise(*shape, seed=seed).abs() + 0.01
 
 
 def counted(length: int, block: int) -> int:
@@ -143,7 +143,7 @@ def test_results_are_rounded_once_from_float32(dtype):
 
 
 def test_the_arguments_stay_as_they_were():
-    weight, scale = noise(4, 6), scales(4, 6)
+    weight, scale = rough_noise(4, 6), scales(4, 6)
     before = weight.clone(), scale.clone()
     dequantize_blocks(weight, scale, (1, 1))
     quantize_blocks(weight, (2, 2))
@@ -296,7 +296,7 @@ def half_a_step(weight, scale) -> torch.Tensor:
 @pytest.mark.parametrize("factor", [1e-44, 1e-41, 1e-38, 1, 1e36])
 @given(N=sizes, K=sizes, rows=edges, columns=edges, seed=seeds)
 def test_quantising_is_off_by_half_a_step_at_most(factor, N, K, rows, columns, seed):
-    weight, block = noise(2, N, K, seed=seed) * factor, (rows, columns)
+    weight, block = rough_noise(2, N, K, seed=seed) * factor, (rows, columns)
     quantized, scale = quantize_blocks(weight, block)
     assert (quantized.dtype, quantized.shape) == (E4M3, weight.shape)
     assert (scale.dtype, scale.shape) == (torch.float32, (2, counted(N, rows), counted(K, columns)))
@@ -309,7 +309,7 @@ def test_quantising_is_off_by_half_a_step_at_most(factor, N, K, rows, columns, s
 @pytest.mark.parametrize("factor", [2.0**-90, 1, 2.0**100])
 @given(N=sizes, K=sizes, rows=edges, columns=edges, seed=seeds)
 def test_the_largest_of_every_block_becomes_448_and_zeros_stay(factor, N, K, rows, columns, seed):
-    weight = noise(N, K, seed=seed) * factor
+    weight = rough_noise(N, K, seed=seed) * factor
     weight[:rows, :columns] = 0
     quantized, scale = quantize_blocks(weight, (rows, columns))
     for r in range(scale.shape[0]):
@@ -322,7 +322,7 @@ def test_the_largest_of_every_block_becomes_448_and_zeros_stay(factor, N, K, row
 
 
 def test_128_by_128_is_the_block_to_quantise_in():
-    quantized, scale = quantize_blocks(noise(576, 200))
+    quantized, scale = quantize_blocks(rough_noise(576, 200))
     assert scale.shape == (5, 2)
     assert torch.equal(
         quantize_blocks(dequantize_blocks(quantized, scale, (128, 128)))[0].float(),
@@ -331,8 +331,8 @@ def test_128_by_128_is_the_block_to_quantise_in():
 
 
 def test_names_tell_the_shapes():
-    with checked_shapes((checkpoints.storage.quantized.__file__,)) as found:
-        quantize_blocks(noise(2, 5, 7), (2, 3))
+    with watch_names(checkpoints.storage.quantized.__file__.__eq__) as found:
+        quantize_blocks(rough_noise(2, 5, 7), (2, 3))
         dequantize_blocks(fp8(2, 5, 7), scales(2, 3, 3), (2, 3))
         dequantize_mxfp4(random_bytes(2, 3, 16), random_bytes(2, 3))
         dequantize_groups(random_words(3, 5), scales(3, 2), (3, 37), 4, 32)
@@ -433,7 +433,7 @@ WAYS = [  # the names of the tensors, the tensors, the weight when not quantised
 
 def all_ways() -> list[tuple[dict[str, torch.Tensor], torch.Tensor, str]]:
     """The tensors of a weight, what it is when not quantised, and in words."""
-    plain = noise(5).bfloat16(), noise(1), noise(3).double()
+    plain = rough_noise(5).bfloat16(), rough_noise(1), rough_noise(3).double()
     return [
         *(({name: w, name + end: s}, made, words) for name, end, w, s, made, words in WAYS),
         ({"x_blocks": X, "x_scales": X_SCALE}, convert_moe_packed_tensors(X, X_SCALE), "MXFP4"),
@@ -476,7 +476,7 @@ def test_all_ways_of_storing_in_one_checkpoint_with_the_scales_in_another_file(t
 
 
 def test_nothing_is_read_before_it_is_asked_for():
-    shards = described(packed("p", 3, 12) | {"a.weight": noise(4, 3)})
+    shards = described(packed("p", 3, 12) | {"a.weight": rough_noise(4, 3)})
     asked, read = [], shards.read
     shards.read = lambda name: asked.append(name) or read(name)
     weights, _ = find_weights(shards, LINEAR)
@@ -586,7 +586,7 @@ PROBLEMS = [  # the tensors, and how the sentence goes on after the file; ~ is a
         f"a.weight_scale {UNLIKE} a.weight stored as FP8 in",
     ),
     (
-        a(noise(3, 3), scale_inv=scales(1, 1)),
+        a(rough_noise(3, 3), scale_inv=scales(1, 1)),
         f"a.weight_scale_inv {UNLIKE} a.weight stored as F32;",
     ),
     (a(BIG.to(torch.float8_e5m2)), "a.weight is F8_E5M2, expected F64, F32, F16, BF16, F8_E4M3;"),
@@ -615,7 +615,10 @@ PROBLEMS = [  # the tensors, and how the sentence goes on after the file; ~ is a
         up(g_idx=random_words(64)),
         f"up.weight_g_idx {UNLIKE} up.weight_packed stored as INT4 in groups of",
     ),
-    (up(packed=random_bytes(5, 32), global_scale=noise(1)), "up.weight_packed is U8, as in NVFP4"),
+    (
+        up(packed=random_bytes(5, 32), global_scale=rough_noise(1)),
+        "up.weight_packed is U8, as in NVFP4",
+    ),
     (x(X[..., :15], X_SCALE), "x_blocks is U8 [2, 6, 3, 15], expected U8 [any, any, any, 16];"),
     (x(X[0], X_SCALE[0]), "x_blocks is U8 [6, 3, 16], expected U8 [any, any, any, 16]; download"),
     (x(X, X_SCALE[..., :2]), "x_scales is U8 [2, 6, 2], expected U8 [2, 6, 3]; download"),

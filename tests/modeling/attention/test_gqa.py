@@ -12,6 +12,7 @@ from tiny import YARN, gqa, plain_gqa, randomize, rope
 from modeling import GQAConfig, QKNormConfig, Step
 from modeling.attention.dot_product import attend, attend_with_sinks, mask_keys
 from modeling.attention.gqa import GroupedQueryAttention
+from moe.testing import close, noise
 
 D = 11
 CONFIGS = {
@@ -29,15 +30,6 @@ def attention(config: GQAConfig) -> GroupedQueryAttention:
     module = GroupedQueryAttention(D, config).double().requires_grad_(False)
     randomize(module, 0)
     return module
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def close(actual, expected, tolerance):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @every_config

@@ -11,6 +11,7 @@ from tiny import YARN, mla, model_config, plain_mla, random_tokens, randomize, r
 
 from modeling import MLAConfig, RopeConfig, Step
 from modeling.attention.mla import MultiHeadLatentAttention, absorbing_pays
+from moe.testing import close, noise
 
 D = 11
 CONFIGS = {
@@ -31,17 +32,8 @@ def attention(config: MLAConfig, seed: int = 0) -> MultiHeadLatentAttention:
     return module
 
 
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
 def from_start(T: int) -> Step:
     return Step(torch.arange(T)[None])
-
-
-def close(actual, expected, tolerance):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @every_config
