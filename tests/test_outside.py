@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from outside import CLASSES, CosineRouterConfig, DecayConfig, SquaredConfig
 from tiny import agreeable, gqa, mla, modules, random_tokens, sized, softmax_experts, transformer
 from torch import nn
@@ -23,8 +21,9 @@ from modeling import (
     mtp_loss,
     next_token_loss,
 )
+from modeling.testing import check_attention, check_model
 from moe import MoEConfig, expert_load, record_routing, routers, sequence_balance_loss
-from moe.testing import close
+from moe.testing import check_feed_forward, check_router, close
 from tools.describe import describe_checkpoint
 
 DECAY = DecayConfig(num_heads=2, head_width=3)
@@ -101,23 +100,11 @@ def test_drafting_changes_no_token(drafts, count):
     assert generate_batch(model, prompts, 14, draft_tokens=drafts) == plain
 
 
-@settings(max_examples=20)
-@given(cuts=st.sets(st.integers(1, 8)))
-def test_fed_whole_in_pieces_or_token_by_token_a_text_gives_the_same(cuts):
-    model, tokens_BT = transformer(config()), random_tokens(2, 9)
-    cache, bounds = model.make_cache(2, 9), [0, *sorted(cuts), 9]
-    pieces = [model(tokens_BT[:, a:b], cache) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    close(torch.cat(pieces, dim=1), model(tokens_BT))
-
-
-def test_padding_leaves_no_trace_in_a_state_and_rows_are_independent():
-    model, tokens_BT = transformer(config()), random_tokens(2, 9)
-    cache = model.make_cache(2, 12)
-    states = model.hidden_states(tokens_BT, cache, counts=[4, 9]).normed_BTD
-    alone = model.make_cache(1, 12)
-    close(states[:1, :4], model.hidden_states(tokens_BT[:1, :4], alone).normed_BTD)
-    next_BT = random_tokens(2, 3, seed=5)
-    close(model(next_BT, cache)[:1], model(next_BT[:1], alone))
+def test_each_part_and_a_model_of_them_keep_the_contracts():
+    check_attention(DECAY)
+    check_router(ROUTER)
+    check_feed_forward(SquaredConfig(width=7, leak=0.1))
+    check_model(config(mtp=1))
 
 
 def test_its_bytes_are_told_as_constant_and_growing_ones(tmp_path):

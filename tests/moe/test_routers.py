@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe import ExpertChoice, MoEConfig, Router, TopK, TopP, expert_load
+from moe import ExpertChoice, MoEConfig, TopK, TopP, expert_load
+from moe.testing import check_router
 
 D = 6
 KINDS = {
@@ -112,58 +113,6 @@ def test_what_a_token_gets_depends_on_the_others_and_the_router_says_so():
     assert not KINDS["top-p"].build(D).sees_other_tokens
 
 
-@every_kind
-@given(N=st.integers(0, 5), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
-def test_every_kind_keeps_the_contract(config, N, dtype):
-    torch.manual_seed(0)
-    router = config.build(D).to(dtype)
-    assert isinstance(router, Router)
-    routing = router(torch.randn(N, D, dtype=dtype))
-    E, wide = config.num_experts, torch.promote_types(dtype, torch.float32)
-    assert routing.weights_NK.dtype == routing.scores_NE.dtype == routing.logits_NE.dtype == wide
-    assert routing.experts_NK.dtype == torch.int64
-    assert routing.experts_NK.shape == routing.weights_NK.shape
-    assert routing.scores_NE.shape == routing.logits_NE.shape == (N, E)
-    assert ((routing.experts_NK >= 0) & (routing.experts_NK <= E)).all()
-    for token in range(N):
-        experts = [e for e in routing.experts_NK[token].tolist() if e != E]
-        assert len(set(experts)) == len(experts) <= config.num_experts
-
-
-@every_kind
-@given(seed=st.integers(0, 999))
-def test_tokens_in_another_order_are_routed_in_that_order(config, seed):
-    logits_NE = random_logits(6, config.num_experts, seed)
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
-    moved, whole = config.route(logits_NE[order]), config.route(logits_NE)
-    for place, token in enumerate(order.tolist()):
-        assert chosen(moved, place) == pytest.approx(chosen(whole, token))
-
-
-@every_kind
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_changes_no_logit(config, dtype):
-    torch.manual_seed(1)
-    router, x_ND = config.build(D), torch.randn(7, D)
-    exact = router(x_ND)
-    with torch.autocast("cpu", dtype):
-        reduced = router(x_ND)
-        assert torch.nn.functional.linear(x_ND, router.weight).dtype == dtype
-    assert reduced.logits_NE.equal(exact.logits_NE)
-    assert reduced.experts_NK.equal(exact.experts_NK)
-
-
-@every_kind
-def test_gradients_reach_the_router_from_the_layers_output(config):
-    torch.manual_seed(0)
-    layer = MoEConfig(router=config, expert_width=4).build(D).double()
-    x_ND = torch.randn(6, D, dtype=torch.float64, requires_grad=True)
-    layer(x_ND).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
-    assert layer.router.weight.grad.abs().max() > 0
-    assert x_ND.grad.isfinite().all()
-
-
 def test_the_gradients_of_a_layer_with_empty_slots_are_those_of_finite_differences():
     torch.manual_seed(2)
     config = TopP(num_experts=4, mass=0.6, max_experts=3)
@@ -172,3 +121,8 @@ def test_the_gradients_of_a_layer_with_empty_slots_are_those_of_finite_differenc
     x_ND = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
     assert (layer.router(x_ND).experts_NK == 4).any()
     assert torch.autograd.gradcheck(layer, (x_ND,))
+
+
+@every_kind
+def test_every_kind_keeps_the_contract(config):
+    check_router(config)

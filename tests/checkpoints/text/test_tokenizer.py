@@ -187,7 +187,7 @@ def test_half_a_character_at_the_end_is_told_when_finished(tokenizers, kind):
 def test_a_continuation_keeps_its_leading_space(tokenizers, kind):
     tokenizer = tokenizers[kind]
     prompt_ids = tokenizer.encode("time")
-    ids = tokenizer.encode("time the", bos=False)[len(prompt_ids) - (tokenizer.bos_id == 1) :]
+    ids = tokenizer.encode("time the", bos=False)[len(prompt_ids) - tokenizer.adds_bos :]
     ids = ids if kind == "sentencepiece" else tokenizer.encode("time the")[len(prompt_ids) :]
     assert "".join(streamed(tokenizer, prompt_ids, ids)) == " the"
 
@@ -203,6 +203,7 @@ def test_sentencepiece_begins_a_text_once_unless_told_not_to(tiny, settings):
     assert load_tokenizer(path).encode("time", bos=False) == ids[1:]
     edit_json(path / "tokenizer_config.json", add_bos_token=False)
     assert load_tokenizer(path).encode("time") == ids[1:]
+    assert load_tokenizer(path).bos_id == 1
 
 
 @pytest.mark.parametrize("token", ["<s>", {"content": "<s>", "lstrip": False}])
@@ -218,6 +219,7 @@ def test_tokenizer_json_begins_a_text_at_most_once(tmp_path, token, process, add
     assert tokenizer.encode("the")[:1] == [1] or not begun
     assert tokenizer.encode("the", bos=False).count(1) == 0
     assert tokenizer.encode("") == [1] * begun
+    assert (tokenizer.bos_id, tokenizer.adds_bos) == (1, begun)
 
 
 def test_a_sentencepiece_without_bos_begins_with_nothing(tmp_path):
@@ -234,7 +236,7 @@ def test_a_sentencepiece_without_bos_begins_with_nothing(tmp_path):
     )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.bos_id is None
+    assert (tokenizer.bos_id, tokenizer.adds_bos) == (None, False)
     assert tokenizer.stop_ids == ()
     assert tokenizer.encode("") == []
     assert tokenizer.decode(tokenizer.encode("the king")) == "the king"
@@ -475,7 +477,7 @@ def tokenizers_of_words(tmp_path_factory):
 def test_ranks_end_in_named_and_reserved_tokens(tmp_path):
     tokenizer = load_tokenizer(write_ranks(tmp_path))
     assert tokenizer.vocab_size == 260 + 256
-    assert (tokenizer.bos_id, tokenizer.stop_ids) == (None, (261,))
+    assert (tokenizer.bos_id, tokenizer.adds_bos, tokenizer.stop_ids) == (260, False, (261,))
     assert tokenizer.encode("<s>the<|reserved_token_300|><think>")[0] == 260
     assert tokenizer.encode("<s>the<|reserved_token_300|><think>")[-2:] == [300, 269]
     assert tokenizer.decode([260, 116, 256, 300, 269, 515, 516, 9999]) == "the<think>"
