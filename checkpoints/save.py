@@ -34,6 +34,7 @@ def save_model(
     max_shard_bytes: int = 5_000_000_000,
     dtype: torch.dtype | None = None,
     to: str | None = None,
+    progress: bool = True,
 ) -> None:
     """Write the model, with its MTP modules, to a new directory.
 
@@ -46,7 +47,8 @@ def save_model(
     config or `config.published` describes.
     """
     config_json, tensors = plan_checkpoint(model, dtype, to)
-    write_checkpoint(Path(path).resolve(), config_json, tensors, max_shard_bytes)
+    directory = Path(path).resolve()
+    write_checkpoint(directory, config_json, tensors, max_shard_bytes, progress=progress)
 
 
 def plan_checkpoint(

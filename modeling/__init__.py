@@ -17,6 +17,7 @@ from .generation.draft_count import DraftCount
 from .generation.generate import Generation, GenerationStatistics, generate, generate_batch
 from .generation.rows import find_non_causal
 from .generation.teacher_forcing import forced_states
+from .linear import plain_weight
 from .loss import mtp_loss, next_token_loss
 from .model import Transformer
 from .record import LayerStates, record_attention, record_states

@@ -2,9 +2,7 @@
 
 Each row of a batch has its own length, so prompts of unequal lengths and rows that accept unequal
 numbers of drafts share one cache: an append says how many of the new tokens are real in each row,
-and each row can be cut back afterwards.
-
-The contract of one layer's cache stands here; the kinds are in `attention/caches.py`.
+and each row can be cut back afterwards. The kinds of cache are in `attention/caches.py`.
 """
 
 from collections.abc import Sequence

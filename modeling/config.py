@@ -23,6 +23,8 @@ class Attention(Protocol):
     Padding, by `step.counts`, leaves no trace in the cache or in other positions. A text fed
     whole, in pieces or token by token gives the same outputs. The module calls its submodules and
     reads a weight only through `plain_weight`, so that an adapter or a hook acts in every path.
+    In each forward it calls `report_weights`, or it has `has_attention_weights = False`: see
+    `record_attention`.
     """
 
     def __call__(self, x_BTD: Tensor, step: Step, cache: LayerCache | None) -> Tensor:

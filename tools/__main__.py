@@ -10,7 +10,18 @@ import sys
 import warnings
 from typing import NoReturn
 
-from . import bench, chat, convert, describe, generate, make_tiny, probe_mtp, train, verify
+from . import (
+    bench,
+    chat,
+    convert,
+    describe,
+    evaluate,
+    generate,
+    make_tiny,
+    probe_mtp,
+    train,
+    verify,
+)
 
 COMMANDS = {
     "generate": generate,
@@ -20,6 +31,7 @@ COMMANDS = {
     "convert": convert,
     "make-tiny": make_tiny,
     "bench": bench,
+    "evaluate": evaluate,
     "probe-mtp": probe_mtp,
     "train": train,
 }
@@ -32,15 +44,33 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def main(arguments: list[str] | None = None) -> int:
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows the default of every option that has one, as it would be typed."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default in (None, argparse.SUPPRESS) or default is False:
+            return action.help
+        values = default if isinstance(default, list) else [default]
+        typed = " ".join(map(str, values)).replace("%", "%%")  # argparse formats what is returned
+        return f"{action.help} (default: {typed})"
+
+
+def make_parser() -> Parser:
     parser = Parser(prog="python -m tools", description="Abacus from a terminal.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").split(": ", 1)[1].split("\n")[0]
-        command = commands.add_parser(name, help=summary, description=summary)
+        command = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=HelpFormatter
+        )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = make_parser().parse_args(arguments)
     warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
     try:
         code = args.run(args)

@@ -26,8 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, help="checkpoint directory with MTP modules")
     add("text", type=Path, help="UTF-8 text, plain or .xz, that the passages come from")
-    add("--draft-tokens", type=parse_draft_tokens, nargs="+", default=[1, 2, 3, 4, "auto"])
-    add("--passages", type=int, default=16)
+    add(
+        "--draft-tokens",
+        type=parse_draft_tokens,
+        nargs="+",
+        default=[1, 2, 3, 4, "auto"],
+        help="numbers of drafts per round to compare with plain decoding; auto: chosen while "
+        "generating",
+    )
+    add("--passages", type=int, default=16, help="number of passages, evenly spaced in the text")
     add("--prompt-tokens", type=int, default=64, help="length of each passage")
     add("--new-tokens", type=int, default=128, help="tokens to generate after each passage")
     add_loading_arguments(parser)

@@ -1,18 +1,20 @@
-"""chat: talk with a model, one line at a time; /reset starts a new conversation, /exit ends.
+"""chat: talk with a model that has a chat template; /reset starts a new conversation, /exit ends.
 
-Ctrl-C stops an answer: the part that was printed stays in the conversation. At the prompt it ends
-the program.
+Each line is a message. Ctrl-C stops an answer: the part that was printed stays in the
+conversation. At the prompt it ends the program.
 """
 
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from checkpoints import Tokenizer, load_tokenizer
 from modeling import Transformer, generate
 
 from .generate import (
     add_generation_arguments,
+    check_chat_template,
     load_model_for,
     make_generation_options,
     make_system_message,
@@ -24,13 +26,20 @@ Messages = list[dict[str, str]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="checkpoint directory of a model with a chat template, such as instruct models have "
+        "(the shipped model has none)",
+    )
     add_generation_arguments(parser)
     parser.set_defaults(max_new_tokens=1000)
 
 
 def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
-    tokenizer.templates.find()  # raises an error if there is none, before the weights are read
+    check_chat_template(tokenizer, args.model)
     model = load_model_for(tokenizer, args)
     messages = make_system_message(args)
     for line in read_lines():

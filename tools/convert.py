@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size",
         type=parse_size,
         default="5GB",
-        help="largest size of a weight file; one of them is in memory at a time (default: 5GB; "
-        "others: 500MB, 1TB)",
+        help="largest size of a weight file, such as 500MB or 1TB; one of them is in memory at a "
+        "time",
     )
     parser.add_argument(
         "--to",

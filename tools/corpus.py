@@ -5,11 +5,13 @@ Shapes: N tokens of the text, B sequences, T positions.
 
 import io
 import lzma
+import sys
 from pathlib import Path
 
 import sentencepiece
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from checkpoints import Tokenizer
 
@@ -101,7 +103,9 @@ def pack_documents(tokenizer: Tokenizer, text: str) -> tuple[Tensor, Tensor]:
     """The documents of a text as one stream: its tokens, (N,), and each token's document number."""
     documents = text.split(DOCUMENT_END)
     ends = [DOCUMENT_END] * (len(documents) - 1) + [""]
-    ids = [tokenizer.encode(text + end) for text, end in zip(documents, ends, strict=True)]
+    whole = [document + end for document, end in zip(documents, ends, strict=True)]
+    bar = tqdm(whole, desc="tokenizing", unit="document", file=sys.stderr, disable=None)
+    ids = [tokenizer.encode(document) for document in bar]
     lengths = torch.tensor([len(document) for document in ids])
     tokens_N = torch.tensor([token for document in ids for token in document])
     return tokens_N, torch.arange(len(ids)).repeat_interleave(lengths)

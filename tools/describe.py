@@ -24,7 +24,9 @@ from moe import DenseConfig, ExpertChoice, MoEConfig, RouterConfig, TopK, TopP
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="checkpoint directory, or a config.json")
     parser.add_argument("--tensors", action="store_true", help="list every stored tensor")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the lines"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,29 +21,29 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="the text to continue; - reads it from stdin")
+    source.add_argument(
+        "--prompt",
+        help="the text to continue; - reads it from stdin; an empty one begins with the BOS token",
+    )
     source.add_argument("--prompt-file", type=Path, help="a UTF-8 file with the text to continue")
-    parser.add_argument(
-        "--chat", action="store_true", help="answer the prompt as a message of a chat"
+    add = parser.add_argument
+    add("--model", type=Path, default=SHIPPED, help="checkpoint directory")
+    add(
+        "--chat",
+        action="store_true",
+        help="answer the prompt as a message of a chat; the checkpoint needs a chat template, such "
+        "as instruct models have (the shipped model has none)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object at the end instead of the text"
-    )
+    add("--json", action="store_true", help="print one JSON object at the end instead of the text")
     add_generation_arguments(parser)
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that choose the model and its way to generate."""
+    """The options about choosing tokens, drafting and loading."""
     add = parser.add_argument
-    add(
-        "--model",
-        type=Path,
-        default=SHIPPED,
-        help="checkpoint directory (default: the shipped one)",
-    )
     add("--system", help="system message of a chat, which tells the model how to answer")
-    add("--max-new-tokens", "--max-tokens", type=int, default=200)
-    add("--temperature", "--temp", type=float, default=0.0, help="0 (default) is greedy")
+    add("--max-new-tokens", "--max-tokens", type=int, default=200, help="largest number of tokens")
+    add("--temperature", "--temp", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, help="draw from the k most likely tokens only")
     add("--top-p", type=float, help="draw from the most likely tokens whose sum reaches this")
     add(
@@ -87,11 +88,11 @@ def run(args: argparse.Namespace) -> int:
     prompt = read_prompt(args)
     tokenizer = load_tokenizer(args.model)
     if args.chat:
-        prompt_ids = tokenizer.chat(
-            [*make_system_message(args), {"role": "user", "content": prompt}]
-        )
+        check_chat_template(tokenizer, args.model)
+        question = {"role": "user", "content": prompt}
+        prompt_ids = tokenizer.chat([*make_system_message(args), question])
     else:
-        prompt_ids = tokenizer.encode(prompt)
+        prompt_ids = tokenizer.encode(prompt) or begin_with_bos(tokenizer, args.model)
     model = load_model_for(tokenizer, args)
     options = make_generation_options(tokenizer, args)
     tokens = generate(model, prompt_ids, args.max_new_tokens, **options)
@@ -104,6 +105,33 @@ def run(args: argparse.Namespace) -> int:
     print_text(tokenizer, prompt_ids, tokens)
     print(format_figures(collect_figures(model, tokens.statistics)), file=sys.stderr)
     return 0
+
+
+def check_chat_template(tokenizer: Tokenizer, path: Path) -> None:
+    """Raise ValueError, before the weights of the model at `path` are read, if it cannot chat."""
+    if not tokenizer.templates.names:
+        raise ValueError(
+            f"{path}: no chat template, neither a chat_template.jinja nor a chat_template in "
+            "tokenizer_config.json: choose a model with a chat template, such as an instruct "
+            "model, or continue a text with `generate`, without --chat"
+        )
+    tokenizer.templates.find()
+
+
+def begin_with_bos(tokenizer: Tokenizer, path: Path) -> list[int]:
+    """The BOS token, for a prompt without tokens; ValueError if the tokenizer has none."""
+    if tokenizer.bos_id is None:
+        raise ValueError(
+            f"{path}: the prompt has no token, and the tokenizer no BOS token to begin with: "
+            "give a prompt with some text"
+        )
+    if not tokenizer.adds_bos:
+        warnings.warn(
+            "the text begins with a BOS token, which this tokenizer does not put before other "
+            "texts: the model may not have been trained with it",
+            stacklevel=2,
+        )
+    return [tokenizer.bos_id]
 
 
 def make_system_message(args: argparse.Namespace) -> list[dict[str, str]]:

@@ -30,7 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("family", choices=sorted(CONFIGS), help="model_type of the checkpoint")
     parser.add_argument("path", type=Path, help="directory to write; must not exist")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
 
 
 def run(args: argparse.Namespace) -> int:

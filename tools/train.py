@@ -11,7 +11,8 @@ checkpoint before this fall, a run can be continued with another end. A finished
 lengthened: its learning rate then rises again and falls once more.
 
 A resumed run equals an uninterrupted one bit for bit: the tokens of a step depend on (seed, step)
-only, and a checkpoint holds everything else.
+only, and a checkpoint holds everything else. Text, config and weights that a run starts from are
+compared by their contents, so they may be moved.
 
 Shapes: B sequences, T positions, D model width, N tokens.
 """
@@ -21,6 +22,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,9 +41,13 @@ from moe import (
 
 from .corpus import choose_batch, hold_out, pack_documents, read_text
 from .generate import find_device
-from .held_out import measure_held_out
+from .held_out import estimate_bits_per_byte, measure_held_out
 from .training_state import (
+    Run,
     find_checkpoints,
+    find_step,
+    flag_of,
+    hash_contents,
     load_start_weights,
     make_tokenizer,
     restore_checkpoint,
@@ -49,6 +55,8 @@ from .training_state import (
     truncate_log,
     write_model,
 )
+
+REPORT_SECONDS = 30.0  # least time between two lines, where progress is no bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,8 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="directory for checkpoints, log.jsonl and the trained model/",
     )
-    add("--steps", type=int, required=True)
-    add("--warm-up-steps", type=int, default=200)
+    add("--steps", type=int, required=True, help="number of steps of the whole run")
+    add(
+        "--warm-up-steps",
+        type=int,
+        default=200,
+        help="number of first steps in which the learning rate rises to its full value",
+    )
     add(
         "--decay-steps",
         type=int,
@@ -87,8 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of last steps in which the learning rate falls to zero",
     )
     add("--batch-size", type=int, default=8, help="sequences per step")
-    add("--sequence-length", type=int, default=512)
-    add("--learning-rate", type=float, default=2e-3)
+    add("--sequence-length", type=int, default=512, help="tokens of a sequence")
+    add("--learning-rate", type=float, default=2e-3, help="full value of the learning rate")
     add("--weight-decay", type=float, default=0.1, help="for matrices; norms and biases have none")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add(
@@ -106,9 +119,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--balance-weight", type=float, default=1e-4, help="weight of the sequence-wise loss")
     add("--bias-rate", type=float, default=1e-3, help="step size of the selection bias")
-    add("--initial-std", type=float, default=0.02)
+    add("--initial-std", type=float, default=0.02, help="deviation of the matrices' first values")
     add("--hold-out", type=int, default=2, help="number of last documents that are not trained on")
-    add("--seed", type=int, default=0)
+    add(
+        "--evaluate-every",
+        type=int,
+        default=250,
+        help="steps between estimates of the held-out bits per byte, each from at most 16 "
+        "sequences of held-out text; 0: only the measurement of all of it at the end",
+    )
+    add(
+        "--seed", type=int, default=0, help="seed of the first weights and of the order of the text"
+    )
     add(
         "--precision",
         choices=("float32", "bfloat16"),
@@ -128,54 +150,83 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_settings(args)
     device = find_device(args.device)
-    settings, schedule = collect_fixed_settings(args), (args.steps - args.decay_steps, args.steps)
+    newest = find_newest_checkpoint(args)
+    text = read_text(args.text)
+    parts = hold_out(text, args.hold_out)
+    described = describe_run(args, text)
+    first_step = 0 if newest is None else find_step(newest, described)
+    model, stored_dtypes = prepare_model(args, device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    packed, held_out_N = prepare_tokens(args, *parts, model.config.vocab_size)
+    held_out = held_out_N.to(device), len(parts[1].encode())
+    optimizer = make_optimizer(model, args.weight_decay)
+    if newest is not None:
+        restore_checkpoint(newest, model, optimizer)
+    log_path = args.out / "log.jsonl"
+    truncate_log(log_path, first_step)
+    progress = Progress(first_step, args)
+    with progress.bar, log_path.open("a", encoding="utf-8") as log:
+        for figures in take_steps(model, optimizer, *packed, first_step, args):
+            done = figures["step"] + 1
+            if args.evaluate_every and done % args.evaluate_every == 0:
+                bits = estimate_bits_per_byte(model, *held_out, args.sequence_length)
+                figures["held_out_bits_per_byte"] = round(bits, 4)
+            log.write(json.dumps(figures) + "\n")
+            progress.update(figures)
+            if done % args.save_every == 0 or done == args.steps:
+                log.flush()
+                save_checkpoint(args.out, done, model, optimizer, described)
+    final = write_model(args.out, model, stored_dtypes, args.start_from, args.to)
+    written = load_model(final, device, torch.float32)
+    report = {"steps": args.steps, "tokens": args.steps * args.batch_size * args.sequence_length}
+    report |= measure_held_out(written, *held_out)
+    print(json.dumps(report, indent=2))
+    return 0
+
+
+class Progress:
+    """Shows a run on stderr: a bar on a terminal; elsewhere a line now and then, for a log file."""
+
+    def __init__(self, first_step: int, args: argparse.Namespace) -> None:
+        self.first_step, self.steps = first_step, args.steps
+        self.tokens_per_step = args.batch_size * args.sequence_length
+        self.started, self.reported = time.perf_counter(), -math.inf
+        self.held_out: float | None = None  # the last estimate
+        self.bar = tqdm(
+            total=args.steps, initial=first_step, unit="step", file=sys.stderr, disable=None
+        )
+
+    def update(self, figures: dict[str, Any]) -> None:
+        """Count a step, with the figures that are logged."""
+        self.held_out = figures.get("held_out_bits_per_byte", self.held_out)
+        held_out = {} if self.held_out is None else {"held_out": f"{self.held_out:.3f}"}
+        self.bar.set_postfix(loss=f"{figures['loss']:.3f}", **held_out)
+        self.bar.update()
+        now, is_last = time.perf_counter(), figures["step"] + 1 == self.steps
+        if self.bar.disable and (is_last or now - self.reported >= REPORT_SECONDS):
+            print(self.describe(figures, now - self.started), file=sys.stderr, flush=True)
+            self.reported = now
+
+    def describe(self, figures: dict[str, Any], seconds: float) -> str:
+        """The line after a step, these seconds after the start."""
+        done = figures["step"] + 1
+        rate = (done - self.first_step) / seconds
+        left = tqdm.format_interval((self.steps - done) / rate)
+        held_out = "" if self.held_out is None else f", held-out {self.held_out} bits per byte"
+        return (
+            f"step {done:,} of {self.steps:,}: loss {figures['loss']:.3f}, "
+            f"{rate * self.tokens_per_step:,.0f} tokens a second, {left} left{held_out}"
+        )
+
+
+def find_newest_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint to resume from; ValueError if there is one without --resume, or vice versa."""
     newest = next(reversed(find_checkpoints(args.out)), None)
     if newest is not None and not args.resume:
         raise ValueError(f"{args.out}: has {newest.name}; add --resume, or choose another --out")
     if newest is None and args.resume:
         raise ValueError(f"{args.out}: has no checkpoint to resume from")
-    model, stored_dtypes = prepare_model(args, device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    training_text, held_out_text = hold_out(read_text(args.text), args.hold_out)
-    if args.start_from is None:
-        tokenizer = make_tokenizer(args.out, training_text, model.config.vocab_size)
-    else:
-        tokenizer = load_tokenizer(args.start_from)
-    tokens_N, documents_N = pack_documents(tokenizer, training_text)
-    held_out_N, _ = pack_documents(tokenizer, held_out_text)
-    if len(held_out_N) < 4:
-        raise ValueError(f"{args.text}: {len(held_out_N)} tokens are held out, too few to measure")
-    optimizer = make_optimizer(model, args.weight_decay)
-    first_step = 0
-    if newest is not None:
-        first_step = restore_checkpoint(newest, model, optimizer, settings, schedule)
-        if first_step > args.steps:
-            raise ValueError(f"{newest}: its step is larger than --steps {args.steps}")
-    log_path = args.out / "log.jsonl"
-    truncate_log(log_path, first_step)
-    progress = tqdm(
-        total=args.steps, initial=first_step, unit="step", file=sys.stderr, disable=None
-    )
-    with progress, log_path.open("a", encoding="utf-8") as log:
-        for step in range(first_step, args.steps):
-            started = time.perf_counter()
-            sizes = args.batch_size, args.sequence_length
-            places_BT = choose_batch(len(tokens_N), step, *sizes, args.seed)
-            tokens_BT, documents_BT = (x_N[places_BT].to(device) for x_N in (tokens_N, documents_N))
-            figures = train_step(model, optimizer, tokens_BT, documents_BT, step, args)
-            figures |= {"step": step, "seconds": round(time.perf_counter() - started, 4)}
-            log.write(json.dumps(figures) + "\n")
-            progress.set_postfix(loss=f"{figures['loss']:.3f}")
-            progress.update()
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                log.flush()
-                save_checkpoint(args.out, step + 1, model, optimizer, settings, schedule)
-    final = write_model(args.out, model, stored_dtypes, args.start_from, args.to)
-    written = load_model(final, device, torch.float32, progress=False)
-    report = {"steps": args.steps, "tokens": args.steps * args.batch_size * args.sequence_length}
-    report |= measure_held_out(written, held_out_N, len(held_out_text.encode()))
-    print(json.dumps(report, indent=2))
-    return 0
+    return newest
 
 
 def prepare_model(
@@ -187,6 +238,11 @@ def prepare_model(
     else:
         start_model = load_model(args.start_from)
         config = start_model.config if args.config is None else read_config(args.config)
+    if args.sequence_length > config.max_length:
+        raise ValueError(
+            f"--sequence-length {args.sequence_length}: the model has {config.max_length} "
+            "positions; give at most as many, or a --config of a model with more"
+        )
     model, stored_dtypes = Transformer(config), {}
     model.initialize(args.initial_std, args.seed)
     if start_model is not None:
@@ -217,6 +273,7 @@ def check_settings(args: argparse.Namespace) -> None:
         ("bias_rate", 0 <= args.bias_rate < math.inf, "at least 0 and finite"),
         ("initial_std", 0 < args.initial_std < math.inf, "positive and finite"),
         ("hold_out", args.hold_out >= 1, "at least 1"),
+        ("evaluate_every", args.evaluate_every >= 0, "at least 0"),
     ]
     if args.config is None and args.start_from is None:
         raise ValueError("--config or --start-from is needed, to define the model")
@@ -224,8 +281,46 @@ def check_settings(args: argparse.Namespace) -> None:
         raise ValueError("--only-mtp needs --start-from, the model of the modules")
     for name, holds, rule in rules:
         if not holds:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {getattr(args, name)}: must be {rule}")
+            raise ValueError(f"{flag_of(name)} {getattr(args, name)}: must be {rule}")
+
+
+def prepare_tokens(
+    args: argparse.Namespace, training_text: str, held_out_text: str, vocab_size: int
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The tokens of the training text, (N,), with each one's document, and those held out.
+
+    Without --start-from, a tokenizer of `vocab_size` ids is trained first. Raises ValueError if
+    too few tokens are held out.
+    """
+    if args.start_from is None:
+        tokenizer = make_tokenizer(args.out, training_text, vocab_size)
+    else:
+        tokenizer = load_tokenizer(args.start_from)
+    packed = pack_documents(tokenizer, training_text)
+    held_out_N, _ = pack_documents(tokenizer, held_out_text)
+    if len(held_out_N) < 4:
+        raise ValueError(f"{args.text}: {len(held_out_N)} tokens are held out, too few to measure")
+    return packed, held_out_N
+
+
+def take_steps(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    tokens_N: Tensor,
+    documents_N: Tensor,
+    first_step: int,
+    args: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:
+    """Take the steps from `first_step` on, and yield the figures of each for the log."""
+    for step in range(first_step, args.steps):
+        started = time.perf_counter()
+        sizes = args.batch_size, args.sequence_length
+        places_BT = choose_batch(len(tokens_N), step, *sizes, args.seed)
+        tokens_BT, documents_BT = (
+            x_N[places_BT].to(model.device) for x_N in (tokens_N, documents_N)
+        )
+        figures = train_step(model, optimizer, tokens_BT, documents_BT, step, args)
+        yield figures | {"step": step, "seconds": round(time.perf_counter() - started, 4)}
 
 
 def train_step(
@@ -327,8 +422,11 @@ def make_optimizer(model: Transformer, weight_decay: float) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def collect_fixed_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that must not change when a run is resumed."""
-    free = ("out", "to", "resume", "command", "save_every", "steps", "decay_steps", "run")
-    fixed = {name: value for name, value in vars(args).items() if name not in free}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fixed.items()}
+def describe_run(args: argparse.Namespace, text: str) -> Run:
+    """What must not change when a run is resumed; text: the contents of --text."""
+    free = ("out", "to", "resume", "command", "run", "save_every", "evaluate_every")
+    compared_otherwise = ("text", "config", "start_from", "steps", "decay_steps")
+    left_out = {*free, *compared_otherwise}
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
+    contents = hash_contents(text, args.config or args.start_from, args.start_from)
+    return Run(settings, contents, (args.steps - args.decay_steps, args.steps))

@@ -1,8 +1,9 @@
 """A training run on disk: its start, its checkpoints and its result.
 
-A checkpoint `step-N/` holds the weights, the optimizer's moments and the settings. It is written
-under another name, flushed to the disk and renamed, so it is never incomplete, and an interruption
-leaves the last one intact.
+A checkpoint `step-N/` holds the weights, the optimizer's moments and the description of the run:
+its settings, and hashes of the contents that it began with. It is written under another name,
+flushed to the disk and renamed, so it is never incomplete, and an interruption leaves the last one
+intact.
 """
 
 import copy
@@ -11,20 +12,78 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from checkpoints import Tokenizer, companions, load_tokenizer, own_state, save_model
+from checkpoints import (
+    Tokenizer,
+    companions,
+    load_tokenizer,
+    own_state,
+    read_config,
+    save_model,
+)
 from modeling import Transformer
 
 from .corpus import train_vocabulary
 
 CHECKPOINTS_KEPT = 2  # the newest ones
+READ_BYTES = 2**24  # at once, for a hash
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a checkpoint tells of its run, and what a resumed run is compared by.
+
+    settings: those that must not change. contents: a hash for each option that names a file or a
+    directory. schedule: the step at which the learning rate starts to fall, and that at which the
+    run ends.
+    """
+
+    settings: dict[str, Any]
+    contents: dict[str, str | None]
+    schedule: tuple[int, int]
+
+
+def hash_contents(text: str, config: Path, start: Path | None) -> dict[str, str | None]:
+    """The SHA-256 of what a run begins with, wherever it is stored.
+
+    text: decoded. config: a config.json or its directory; its values are hashed. start: a
+    checkpoint directory, of which config.json and the weight files are hashed.
+    """
+    return {
+        "text": sha256(text.encode()).hexdigest(),
+        "start_from": None if start is None else hash_checkpoint(start),
+        "config": hash_config(config),
+    }
+
+
+def hash_config(path: Path) -> str:
+    values = dict(read_config(path).published)
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def hash_checkpoint(directory: Path) -> str:
+    total = sha256(hash_config(directory).encode())
+    files = sorted(directory.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    bar = tqdm(total=size, desc="hashing", unit="B", unit_scale=True, file=sys.stderr, disable=None)
+    with bar:
+        for file in files:
+            own = sha256()
+            with file.open("rb") as opened:
+                while chunk := opened.read(READ_BYTES):
+                    own.update(chunk)
+                    bar.update(len(chunk))
+            total.update(f"{file.name} {own.hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 def find_checkpoints(out: Path) -> list[Path]:
@@ -37,13 +96,9 @@ def save_checkpoint(
     step: int,
     model: Transformer,
     optimizer: torch.optim.Optimizer,
-    settings: dict[str, Any],
-    schedule: tuple[int, int],
+    run: Run,
 ) -> None:
-    """Write step-N, then remove all but the newest checkpoints.
-
-    schedule: the step at which the learning rate starts to fall, and that at which the run ends.
-    """
+    """Write step-N, then remove all but the newest checkpoints."""
     partial, final = out / f"step-{step}.partial", out / f"step-{step}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -54,7 +109,7 @@ def save_checkpoint(
         for name, value in state.items()
     }
     save_file(moments, partial / "optimizer.safetensors")
-    training = {"step": step, "schedule": schedule, "settings": settings}
+    training = {"step": step} | asdict(run)
     (partial / "training.json").write_text(json.dumps(training, indent=2) + "\n")
     for file in partial.iterdir():
         with file.open("rb") as written:
@@ -65,31 +120,52 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
-def restore_checkpoint(
-    checkpoint: Path,
-    model: Transformer,
-    optimizer: torch.optim.Optimizer,
-    settings: dict[str, Any],
-    schedule: tuple[int, int],
-) -> int:
-    """Load a checkpoint into model and optimizer; return the step to continue with.
+def find_step(checkpoint: Path, run: Run) -> int:
+    """The step with which `run` continues the run of a checkpoint.
 
     A run may get another schedule before its learning rate falls, or after its end, to lengthen it
-    (the learning rate then rises again and falls once more). Raises ValueError if the settings
-    differ from those of the checkpoint, or if the schedule differs and the learning rate has begun
-    to fall by one of the two.
+    (the learning rate then rises again and falls once more). Raises ValueError if the settings or
+    contents differ from those of the checkpoint, or if the schedule differs and the learning rate
+    has begun to fall by one of the two.
     """
     saved = json.loads((checkpoint / "training.json").read_text())
-    fall, end = saved["schedule"]
-    if schedule != (fall, end) and saved["step"] > min(fall, schedule[0]) and saved["step"] < end:
+    if "contents" not in saved:
+        raise ValueError(
+            f"{checkpoint}: its training.json lacks the hashes of text, config and weights: an "
+            "older version wrote it, which alone can resume it; choose another --out"
+        )
+    (fall, end), step = saved["schedule"], saved["step"]
+    if run.schedule != (fall, end) and min(fall, run.schedule[0]) < step < end:
         raise ValueError(
             f"{checkpoint}: its learning rate falls from step {fall} to {end}, but in these "
-            f"settings from {schedule[0]} to {schedule[1]}: give the same --steps and --decay-steps"
+            f"settings from {run.schedule[0]} to {run.schedule[1]}: give the same --steps and "
+            "--decay-steps"
         )
+    if step > run.schedule[1]:
+        raise ValueError(f"{checkpoint}: its step is larger than --steps {run.schedule[1]}")
     for name, value in saved["settings"].items():
-        if settings.get(name) != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{checkpoint}: made with {flag} {value}, not {settings.get(name)}")
+        if run.settings.get(name) != value:
+            found = run.settings.get(name)
+            raise ValueError(f"{checkpoint}: made with {flag_of(name)} {value}, not {found}")
+    for name, value in saved["contents"].items():
+        if run.contents[name] != value:
+            made = "without" if value is None else "with other contents of"
+            raise ValueError(
+                f"{checkpoint}: made {made} {flag_of(name)}, by the SHA-256 of what is given now: "
+                "give what the run began with, or begin another run in another --out"
+            )
+    return step
+
+
+def flag_of(name: str) -> str:
+    """The option that sets an argument of this name."""
+    return "--" + name.replace("_", "-")
+
+
+def restore_checkpoint(
+    checkpoint: Path, model: Transformer, optimizer: torch.optim.Optimizer
+) -> None:
+    """Load the weights and the optimizer's moments of a checkpoint."""
     weights = load_file(checkpoint / "weights.safetensors")
     if model.config.tied_embeddings:
         weights["head.weight"] = weights["embed.weight"]
@@ -100,7 +176,6 @@ def restore_checkpoint(
         state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return saved["step"]
 
 
 def make_tokenizer(out: Path, text: str, num_pieces: int) -> Tokenizer:

@@ -16,17 +16,22 @@ class NoTokenizerError(CheckpointError):
 
 
 class Tokenizer:
-    """Converts text to ids and back; knows the BOS token and the ids that end a text."""
+    """Converts text to ids and back; knows the BOS token and the ids that end a text.
+
+    bos_id: the id of the BOS token; None if the tokenizer has none. adds_bos: whether a text starts
+    with it.
+    """
 
     def __init__(
         self,
         vocabulary: Vocabulary,
         bos_id: int | None,
+        adds_bos: bool,
         stop_ids: tuple[int, ...],
         templates: ChatTemplates,
     ) -> None:
-        self.vocabulary, self.bos_id, self.stop_ids = vocabulary, bos_id, stop_ids
-        self.templates = templates
+        self.vocabulary, self.stop_ids, self.templates = vocabulary, stop_ids, templates
+        self.bos_id, self.adds_bos = bos_id, adds_bos
 
     @property
     def vocab_size(self) -> int:
@@ -35,10 +40,9 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The ids of a text. bos: put the BOS token first if the checkpoint's tokenizer does."""
         check_unicode(text, "the text")
-        ids = self.vocabulary.encode(text, special=bos and self.bos_id is not None)
-        if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids = [self.bos_id, *ids]
-        return ids
+        first = self.bos_id if bos and self.adds_bos else None
+        ids = self.vocabulary.encode(text, special=first is not None)
+        return ids if first is None or ids[:1] == [first] else [first, *ids]
 
     def chat(self, messages: list[dict[str, str]], template: str | None = None) -> list[int]:
         """The ids of a conversation, rendered by the chat template up to the start of the answer.
@@ -94,10 +98,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     vocabulary = read_vocabulary(directory, settings)
     special = vocabulary.named | read_special_tokens(settings, vocabulary)
     bos_id = vocabulary.find(special["bos_token"]) if "bos_token" in special else None
-    if not settings.get("add_bos_token", vocabulary.prefix_ids[:1] == [bos_id]):
-        bos_id = None
+    begins = settings.get("add_bos_token", vocabulary.prefix_ids[:1] == [bos_id])
+    adds_bos = bos_id is not None and bool(begins)
     stops = read_stop_ids(directory, special.get("eos_token"), vocabulary)
-    return Tokenizer(vocabulary, bos_id, stops, ChatTemplates(directory, settings, special))
+    templates = ChatTemplates(directory, settings, special)
+    return Tokenizer(vocabulary, bos_id, adds_bos, stops, templates)
 
 
 def check_vocabulary(directory: Path, tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -11,6 +11,8 @@ import sys
 import warnings
 
 import pytest
+import sentencepiece
+import tokenizers
 import torch
 from files import ROOT, edit_json, shards_of, tensors_of, write_tensors
 
@@ -18,7 +20,7 @@ import tools.chat
 import tools.generate
 from checkpoints import load_model, load_tokenizer
 from modeling import generate
-from tools.__main__ import main
+from tools.__main__ import COMMANDS, main, make_parser
 from tools.corpus import train_vocabulary
 from tools.make_tiny import CONFIGS, SAMPLE_TEXT
 
@@ -153,9 +155,56 @@ def test_a_seed_makes_draws_repeatable(pristine, command):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_an_empty_prompt_begins_with_the_bos(pristine, command):
-    code, out, _ = command(*generated(pristine(), "--prompt", "", "--json"))
-    assert (code, json.loads(out)["prompt_tokens"]) == (0, 1)
+def begun_with(path, token):
+    """The text that follows this token alone, by the library."""
+    tokenizer, model = load_tokenizer(path), load_model(path, progress=False)
+    ids = list(generate(model, [token], 12, stop_ids=tokenizer.stop_ids))
+    return tokenizer.decode([token, *ids]), ids
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_an_empty_prompt_begins_with_the_bos(tiny, command, adds):
+    path = tiny()
+    (path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": adds}))
+    code, out, err = command(*generated(path, "--prompt", ""))
+    text, ids = begun_with(path, 1)
+    assert (code, out) == (0, text + "\n")
+    assert ("note: the text begins with a BOS token, which this tokenizer" in err) == (not adds)
+    answer = json.loads(command(*generated(path, "--prompt", "", "--json"))[1])
+    assert (answer["prompt"], answer["text"], answer["ids"]) == ("", text, ids)
+    assert answer["prompt_tokens"] == 1
+
+
+def test_the_bos_is_not_printed_even_where_decoding_spells_it(tiny, command):
+    path = tiny()
+    (path / "tokenizer.model").unlink()
+    words = {f"w{i}": i for i in range(319)}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    library.add_tokens([tokenizers.AddedToken("<s>", special=False)])
+    library.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    text, ids = begun_with(path, 319)
+    assert text.startswith("<s> w")
+    assert 319 not in ids
+    code, out, _ = command(*generated(path, "--prompt", ""))
+    assert (code, out) == (0, text.removeprefix("<s>") + "\n")
+
+
+def test_an_empty_prompt_without_a_bos_is_one_line(tiny, command):
+    path, model = tiny(), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SAMPLE_TEXT.split("\n")),
+        model_writer=model,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (path / "tokenizer.model").write_bytes(model.getvalue())
+    said = refused(command(*generated(path, "--prompt", "", "--json")))
+    assert f"{path}: the prompt has no token, and the tokenizer no BOS token" in said
+    assert command(*prompt(path))[0] == 0
 
 
 def test_no_new_tokens_is_the_prompt_alone(pristine, command):
@@ -209,11 +258,40 @@ def test_a_wrong_command_is_one_line_that_points_to_the_help(command, arguments)
     assert "--help)" in refused(command(*arguments))
 
 
-@pytest.mark.parametrize("subject", ["", "generate", "chat", "describe", "make-tiny", "train"])
+@pytest.mark.parametrize("subject", ["", *COMMANDS])
 def test_help_is_an_answer(command, subject):
     code, out, err = command(*subject.split(), "--help")
     assert (code, err) == (0, "")
     assert out.startswith("usage: python -m tools")
+
+
+def list_arguments(name):
+    """(argument of a command, what its help shows of it, in one line), in the order of the help."""
+    (commands,) = make_parser()._subparsers._group_actions
+    parser = commands.choices[name]
+    shown = re.findall(r"^  (?! )(.+(?:\n   .+)*)", parser.format_help(), flags=re.MULTILINE)
+    arguments = sorted(parser._actions, key=lambda argument: bool(argument.option_strings))
+    return [(argument, " ".join(shown.pop(0).split())) for argument in arguments]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_option_and_shows_each_default_once(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    for argument, shown in list_arguments(name):
+        label = (argument.option_strings or [argument.metavar or argument.dest])[0]
+        assert shown.startswith(label) or argument.choices
+        assert argument.help, label
+        assert " ".join(argument.help.split()) in shown
+        defaults = re.findall(r"\(default: (.+?)\)", shown)
+        assert shown.count("default") == len(defaults), label
+        match argument.default:
+            case None | False | "==SUPPRESS==":
+                assert len(defaults) <= 1, label  # in words
+                assert not {"None", "False", "==SUPPRESS=="} & set(defaults), label
+            case list(values):
+                assert defaults == [" ".join(map(str, values))]
+            case value:
+                assert defaults == [str(value)], label
 
 
 def prompt(path, *more):
@@ -260,13 +338,6 @@ def test_a_vocabulary_padded_beyond_the_tokenizer_generates(tiny, command):
     answer = json.loads(out)
     assert code == 0
     assert max(answer["ids"]) >= 320
-
-
-def test_an_empty_prompt_without_a_bos_is_one_line(tiny, command):
-    path = tiny()
-    (path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
-    said = refused(command(*generated(path, "--prompt", "", "--json")))
-    assert "prompt 0 has no token" in said
 
 
 def test_a_prompt_that_cannot_be_read_is_one_line(pristine, command, tmp_path, monkeypatch):
@@ -398,11 +469,23 @@ def test_generate_answers_in_a_chat_and_prints_the_answer_alone(talkative, comma
     assert answer != answer_to(talkative, turns(PROMPT, system="Be long."))
 
 
-def test_a_chat_without_template_is_one_line(pristine, command):
-    said = refused(command(*generated(pristine(), "--chat", "--prompt", PROMPT)))
-    assert f"{pristine()}: no chat template" in said
-    assert "pretrained: no chat template" in refused(command("chat"))
+def test_a_chat_without_template_is_refused_before_weights_are_read(pristine, tiny, command):
+    path = tiny()
+    for file in shards_of(path):
+        file.unlink()
+    for arguments in (generated(path, "--chat", "--prompt", PROMPT), chatting(path)):
+        said = refused(command(*arguments))
+        assert f"{path}: no chat template" in said
+        assert "choose a model with a chat template" in said
+        assert "or continue a text with `generate`" in said
     assert "it needs --chat" in refused(command(*prompt(pristine(), "--system", "Be brief.")))
+
+
+def test_a_chat_needs_a_model_by_name(command):
+    assert "the following arguments are required: --model" in refused(command("chat"))
+    for name in ("chat", "generate"):
+        text = " ".join(command(name, "--help")[1].split())
+        assert "a chat template, such as instruct models have" in text
 
 
 def test_a_template_that_fails_is_one_line(talkative, command, monkeypatch):

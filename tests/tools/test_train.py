@@ -1,21 +1,33 @@
 """Training: a resumed run is the uninterrupted one, to the bit; checkpoints are whole or absent."""
 
 import argparse
+import itertools
 import json
+import lzma
 import math
+import re
 import shutil
 
 import pytest
 import torch
 from files import tensors_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from checkpoints import load_model, load_tokenizer
+from checkpoints import load_model, load_tokenizer, read_config
 from checkpoints.families import native
-from modeling import GQAConfig, LayerConfig, ModelConfig, MTPConfig, RopeConfig, generate
+from modeling import (
+    GQAConfig,
+    LayerConfig,
+    ModelConfig,
+    MTPConfig,
+    RopeConfig,
+    Transformer,
+    generate,
+)
 from moe import ExpertChoice, MoEConfig, TopK, TopP
 from moe.routing import LinearRouter
 from tools import corpus, held_out, training_state
+from tools import train as train_command
 from tools.__main__ import main
 from tools.make_tiny import CONFIGS, write_tiny
 from tools.train import (
@@ -52,20 +64,119 @@ def train(paths, out: str, *flags: str, steps: int = 6) -> int:
     return main(["train", *map(str, fixed), *flags])
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(paths, capsys):
-    assert train(paths, "whole", "--decay-steps", "2") == 0
-    assert train(paths, "halves", steps=4) == 0
-    assert train(paths, "halves", "--decay-steps", "2", "--resume") == 0
-    whole, halves = paths / "whole", paths / "halves"
+def assert_equal_to_the_bit(one, other):
     for name in ("weights.safetensors", "optimizer.safetensors"):
-        expected = load_file(whole / "step-6" / name)
-        resumed = load_file(halves / "step-6" / name)
-        assert expected.keys() == resumed.keys()
-        assert all(resumed[key].equal(tensor) for key, tensor in expected.items()), name
-    logs = [(path / "log.jsonl").read_text().splitlines() for path in (whole, halves)]
-    runs = [[json.loads(line) | {"seconds": 0} for line in log] for log in logs]
-    assert len(runs[0]) == 6
-    assert runs[0] == runs[1]
+        expected, found = load_file(one / name), load_file(other / name)
+        assert expected.keys() == found.keys()
+        assert all(found[key].equal(tensor) for key, tensor in expected.items()), name
+
+
+def log_of(path):
+    """The lines of a run's log, without the times."""
+    lines = (path / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) | {"seconds": 0} for line in lines]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(paths, capsys):
+    evaluated = ("--evaluate-every", "3")
+    assert train(paths, "whole", "--decay-steps", "2", *evaluated) == 0
+    assert train(paths, "halves", *evaluated, steps=4) == 0
+    assert train(paths, "halves", "--decay-steps", "2", "--resume", *evaluated) == 0
+    whole, halves = paths / "whole", paths / "halves"
+    assert_equal_to_the_bit(whole / "step-6", halves / "step-6")
+    assert len(log_of(whole)) == 6
+    assert log_of(whole) == log_of(halves)
+
+
+def test_evaluating_changes_no_weight_and_is_logged_where_it_was_done(paths):
+    drawn = []
+    for out, every in (("never evaluated", 0), ("evaluated", 2)):
+        torch.manual_seed(3)
+        assert train(paths, out, "--evaluate-every", str(every)) == 0
+        drawn.append(torch.rand(4))
+    plain, evaluated = paths / "never evaluated", paths / "evaluated"
+    assert_equal_to_the_bit(plain / "step-6", evaluated / "step-6")
+    assert drawn[0].equal(drawn[1])
+    logged = {
+        i: line.pop("held_out_bits_per_byte", None) for i, line in enumerate(log_of(evaluated))
+    }
+    assert [i for i, bits in logged.items() if bits] == [1, 3, 5]
+    without = [line | {"held_out_bits_per_byte": 0} for line in log_of(plain)]
+    assert [line | {"held_out_bits_per_byte": 0} for line in log_of(evaluated)] == without
+    assert logged[5] == pytest.approx(bits_of_pieces(paths, evaluated, 24), abs=6e-5)
+
+
+def bits_of_pieces(paths, run, length):
+    """Bits per byte of the last document after step 6, in 16 pieces of so many tokens."""
+    text = (paths / "text.txt").read_text().split("\n\n\n")[-1]
+    tokens = load_tokenizer(run).encode(text)
+    model = load_model(run / "model", dtype=torch.float32, progress=False)
+    model.load_state_dict(load_file(run / "step-6" / "weights.safetensors"), strict=False)
+    starts = list(range(0, len(tokens) - 1, length - 1))
+    assert len(starts) > 16
+    losses = []
+    for number in range(16):
+        piece = tokens[starts[number * len(starts) // 16] :][:length]
+        logits_TV = model(torch.tensor([piece]))[0].log_softmax(dim=-1)
+        losses += [-logits_TV[i, token].item() for i, token in enumerate(piece[1:])]
+    bytes_per_token = len(text.encode()) / (len(tokens) - 1)
+    return sum(losses) / len(losses) / math.log(2) / bytes_per_token
+
+
+def test_an_estimate_of_a_short_text_is_its_measurement(tmp_path):
+    model = Transformer(read_config(native_config(tmp_path / "config.json", PLAIN_ROUTER, mtp=1)))
+    model.initialize(0.3, seed=0)
+    for num_tokens in (4, 64, 65, 1009):
+        tokens_N = torch.randint(300, (num_tokens,), generator=torch.Generator().manual_seed(1))
+        expected = held_out.measure_bits_per_byte(model, tokens_N, 700)
+        assert held_out.estimate_bits_per_byte(model, tokens_N, 700, 64) == pytest.approx(expected)
+
+
+def test_an_estimate_reads_16_pieces_and_leaves_the_model_as_it_was(tmp_path):
+    model = Transformer(read_config(native_config(tmp_path / "config.json", PLAIN_ROUTER, mtp=1)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pieces, modes = [], []
+    model.embed.register_forward_hook(lambda module, inputs, _: pieces.append(inputs[0]))
+    model.embed.register_forward_hook(lambda module, *_: modes.append(module.training))
+    held_out.estimate_bits_per_byte(model, torch.arange(299).repeat(10), 700, 24)
+    assert len(pieces) == 16  # of 130
+    steps = [(b[0, 0] - a[0, 0]).item() % 299 for a, b in itertools.pairwise(pieces)]
+    assert set(steps) == {8 * 23, 9 * 23}
+    assert modes == [False] * 16
+    assert model.training
+    assert all(before[name].equal(tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+LINE = r"step (\d) of 6: loss \d\.\d{3}, [\d,]+ tokens a second, 00:0\d left(.*)"
+
+
+def test_a_log_file_shows_life(paths, monkeypatch, capsys):
+    assert train(paths, "quiet") == 0
+    lines = [re.fullmatch(LINE, line).groups() for line in capsys.readouterr().err.splitlines()]
+    assert lines == [("1", ""), ("6", "")]
+    monkeypatch.setattr(train_command, "REPORT_SECONDS", 0)
+    assert train(paths, "talking", "--evaluate-every", "4") == 0
+    lines = [re.fullmatch(LINE, line).groups() for line in capsys.readouterr().err.splitlines()]
+    bits = log_of(paths / "talking")[3]["held_out_bits_per_byte"]
+    told = f", held-out {bits} bits per byte"
+    assert lines == [(str(step), told if step >= 4 else "") for step in range(1, 7)]
+
+
+def test_a_line_tells_speed_and_time_left_of_this_part_of_the_run():
+    args = argparse.Namespace(steps=1000, batch_size=4, sequence_length=100)
+    progress = train_command.Progress(200, args)
+    told = progress.describe({"step": 299, "loss": 1.23456}, 50.0)  # 100 steps in 50 seconds
+    assert told == "step 300 of 1,000: loss 1.235, 800 tokens a second, 05:50 left"
+
+
+def test_sequences_longer_than_the_model_are_refused_before_anything_is_written(paths, capsys):
+    assert train(paths, "long", "--sequence-length", "65") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --sequence-length 65: the model has 64 positions; give at most")
+    assert error.count("\n") == 1
+    assert not (paths / "long").exists()
+    assert train(paths, "longest", "--sequence-length", "64", steps=1) == 0
 
 
 def test_the_report_and_the_written_model_are_complete(paths, capsys):
@@ -131,6 +242,62 @@ def test_going_on_from_a_model_trains_all_of_it(paths, base):
     log = [json.loads(line) for line in (paths / "further" / "log.jsonl").open()]
     begun = [json.loads(line) for line in (paths / "base" / "log.jsonl").open()]
     assert log[0]["loss"] < 0.8 * begun[0]["loss"]
+
+
+def test_a_run_knows_what_it_began_with_by_its_contents(paths, base, tmp_path, capsys):
+    start = shutil.copytree(base, tmp_path / "start")
+    text = (paths / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text(text)
+
+    def resume(text_file, *flags):
+        capsys.readouterr()
+        more = ("--start-from", str(tmp_path / "start"), "--text", str(tmp_path / text_file))
+        return train(paths, "moved", *more, *flags, steps=2), capsys.readouterr().err
+
+    assert resume("text.txt")[0] == 0
+    (tmp_path / "text.txt.xz").write_bytes(lzma.compress(text.encode()))
+    config = json.loads((start / "config.json").read_text())
+    (tmp_path / "same.json").write_text(json.dumps(dict(reversed(config.items())), indent=7))
+    start.rename(tmp_path / "elsewhere")
+    moved = ("--start-from", str(tmp_path / "elsewhere"), "--config", str(tmp_path / "same.json"))
+    assert resume("text.txt.xz", *moved, "--resume")[0] == 0
+
+    def refused(changed, *flags):
+        code, error = resume(*flags, "--resume")
+        assert code == 2
+        assert error.count("\n") == 1
+        assert error.startswith(f"error: {paths / 'moved' / 'step-2'}: made {changed}, by the SHA")
+        assert "give what the run began with, or begin another run in another --out" in error
+
+    (tmp_path / "text.txt").write_text(text.replace("apples", "nuts"))
+    refused("with other contents of --text", "text.txt", *moved)
+    (tmp_path / "same.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    refused("with other contents of --config", "text.txt.xz", *moved)
+    tensors = load_file(tmp_path / "elsewhere" / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, tmp_path / "elsewhere" / "model.safetensors")
+    refused("with other contents of --start-from", "text.txt.xz", *moved[:2])
+
+
+def test_weights_to_start_from_are_not_those_of_a_run_without(paths, base, capsys):
+    assert train(paths, "from nothing", steps=2) == 0
+    more = ("--start-from", str(base), "--config", str(paths / "config.json"), "--resume")
+    assert train(paths, "from nothing", *more, steps=4) == 2
+    assert "step-2: made without --start-from, by the SHA-256" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_by_name(paths, capsys):
+    assert train(paths, "old", steps=2) == 0
+    old = paths / "old" / "step-2" / "training.json"
+    written = json.loads(old.read_text())
+    del written["contents"]
+    written["settings"] |= {"text": str(paths / "text.txt"), "config": str(paths / "config.json")}
+    old.write_text(json.dumps(written))
+    capsys.readouterr()
+    assert train(paths, "old", "--resume", steps=4) == 2
+    error = capsys.readouterr().err
+    assert "step-2: its training.json lacks the hashes of text, config and weights" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", [(), ("--only-mtp",)])
@@ -344,12 +511,14 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(paths, cap
         assert error.count("\n") == 1
 
 
-def test_a_finished_run_can_be_lengthened(paths):
+def test_a_finished_run_can_be_lengthened(paths, capsys):
     train(paths, "longer", "--decay-steps", "2", steps=4)
     assert train(paths, "longer", "--decay-steps", "2", "--resume", steps=6) == 0
     log = [json.loads(line) for line in (paths / "longer" / "log.jsonl").open()]
     rates = [line["learning_rate"] for line in log]
     assert rates == pytest.approx([0.005, 0.01, 0.02 / 3, 0.01 / 3, 0.02 / 3, 0.01 / 3])
+    assert train(paths, "longer", "--decay-steps", "2", "--resume", steps=5) == 2
+    assert "step-6: its step is larger than --steps 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -361,6 +530,7 @@ def test_a_finished_run_can_be_lengthened(paths):
         ("--learning-rate", "nan"),
         ("--mtp-share", "0"),
         ("--hold-out", "9"),
+        ("--evaluate-every", "-1"),
         ("--batch-size", "100000"),
         ("--device", "abacus"),
         ("--text", "nowhere.txt"),
