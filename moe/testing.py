@@ -37,13 +37,14 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 @torch.no_grad()
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill every parameter and buffer with noise; returns the module.
+    """Fill every parameter and persistent buffer with noise; returns the module.
 
     Matrices are wide enough that scores are uneven. The rest lies around where it begins: norms
-    around 1, biases around 0. Whole numbers stay as they are.
+    around 1, biases around 0. Whole numbers stay as they are, and so do buffers that no file holds.
     """
-    generator = torch.Generator().manual_seed(seed)
-    for tensor in [*module.parameters(), *module.buffers()]:
+    generator, saved = torch.Generator().manual_seed(seed), module.state_dict().keys()
+    buffers = [tensor for name, tensor in module.named_buffers() if name in saved]
+    for tensor in [*module.parameters(), *buffers]:
         if tensor.is_floating_point():
             drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             if tensor.dim() > 1:

@@ -562,9 +562,11 @@ def test_close_says_what_differs():
 def test_randomize_leaves_no_value_at_its_start_and_whole_numbers_as_they_are():
     layer = tiny_moe(expert_biases=True).build(12)
     layer.register_buffer("order", torch.arange(4))
+    layer.register_buffer("table", torch.ones(3), persistent=False)  # no file holds it
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     after = randomize(layer).state_dict()
     assert {name for name in after if after[name].equal(before[name])} == {"order"}
+    assert layer.table.equal(torch.ones(3))
     floating = [tensor for name, tensor in after.items() if name != "order"]
     assert all(not a.flatten()[0].equal(b.flatten()[0]) for a, b in pairwise(floating))
 
