@@ -540,6 +540,12 @@ def test_nothing_is_found_in_the_experts(num_experts, options):
     check_experts(Grouped(12, num_experts, 5), num_experts)
 
 
+def test_a_module_in_the_place_of_its_config_is_told():
+    for check in (check_router, check_feed_forward):
+        with pytest.raises(TypeError, match="a ToyRouter: the check takes a config"):
+            check(ToyRouter(12))
+
+
 # --- what tests are made of
 
 
