@@ -79,7 +79,7 @@ def noting(what: str) -> Iterator[None]:
 def build(config: Any, d_model: int = WIDTH, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The part that a config builds, filled with noise, ready to be used."""
     if not hasattr(config, "build"):
-        raise TypeError(f"a {type(config).__name__}: the check takes a config, with `build(d_model)`")
+        raise TypeError(f"a {type(config).__name__}: the check takes a config, with `build`")
     return randomize(config.build(d_model).to(dtype), seed=1).requires_grad_(False).eval()
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from moe import Clamp, FeedForward
 from moe.feed_forward import GatedFeedForward
+from moe.testing import noise
 
 D = 8
 CONFIGS = {
@@ -46,7 +47,7 @@ def make_layer(**fields):
 
 
 def make_x(*shape):
-    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return noise(*shape, D, seed=1)
 
 
 def gated(x_ND, gate_FD, up_FD, down_DF):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe import ExpertChoice, MoEConfig, TopK, TopP, expert_load
-from moe.testing import check_router
+from moe.testing import check_router, noise
 
 D = 6
 KINDS = {
@@ -22,9 +22,8 @@ KINDS = {
 every_kind = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
 
-def random_logits(N, E, seed, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return 2 * torch.randn(N, E, generator=generator, dtype=dtype)
+def random_logits(N, E, seed):
+    return 2 * noise(N, E, seed=seed)
 
 
 def chosen(routing, token):
