@@ -20,6 +20,7 @@ from .generation.teacher_forcing import forced_states
 from .linear import plain_weight
 from .loss import mtp_loss, next_token_loss
 from .model import Transformer
+from .norm import RMSNorm
 from .record import LayerStates, record_attention, record_states
-from .rope import RopeConfig, YarnConfig
+from .rope import RopeConfig, YarnConfig, rotate
 from .step import Step

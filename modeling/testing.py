@@ -47,7 +47,8 @@ from .record import record_attention, record_states
 from .rope import RopeConfig
 from .step import Step
 
-LENGTH = 6  # positions of the texts that are tried
+LENGTH = 6  # positions of most texts that are tried
+LONG = 40  # of one: a window should be shorter, else its end is never seen
 TOLERANCE = 1e-9
 
 # --- tiny models, of odd widths, so that no two can be mistaken for each other
@@ -98,8 +99,8 @@ def tiny_model(
 def transformer(
     config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> Transformer:
-    """The model, every parameter and buffer filled with noise, which tracks no gradients."""
-    model = Transformer(config).to(dtype).requires_grad_(False)
+    """The model, filled with noise, in eval mode, which tracks no gradients."""
+    model = Transformer(config).to(dtype).requires_grad_(False).eval()
     randomize(model, seed)
     return model
 
@@ -123,13 +124,16 @@ def check_attention(config: Any, d_model: int = WIDTH) -> None:
     check_causal(attention, x_BTD)
     check_rows_are_apart(attention, x_BTD)
     check_cached(attention, x_BTD)
+    check_long_text(attention, noise(1, LONG, d_model))
     check_cache(attention, x_BTD)
-    check_caches_are_apart(attention, x_BTD)
     check_padding(attention, x_BTD)
+    check_caches_are_apart(attention, x_BTD)
+    check_layers_are_apart(config, d_model)
     check_rollback(attention, x_BTD)
     check_adapters(config, d_model)
     check_recorded(attention, x_BTD)
     check_state(config, lambda attention: run_whole(attention, x_BTD), d_model)
+    check_precision(config, d_model)
     check_calls(attention, lambda attention: run_whole(attention, x_BTD))
     check_gradients(attention, run_whole, x_BTD)
     check_names(attention, lambda attention: run_pieces(attention, x_BTD, [2]))
@@ -160,15 +164,36 @@ def make_step(lengths: Sequence[int], x_BTD: Tensor, counts: Sequence[int] | Non
 
 
 def check_outputs(config: Any, d_model: int = WIDTH) -> None:
-    """(B, T, D) in the dtype of the input, for no new token too, with a cache and without."""
+    """(B, T, D) in the dtype of the input, for no new token too, with a cache and without.
+
+    The input stays as it was, and a second call gives the same.
+    """
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         attention: Any = build(config, d_model, dtype)
         for T in (LENGTH, 1, 0):
             x_BTD = noise(2, T, d_model, dtype=dtype)
-            with noting(f"while it ran on {T} positions in {dtype}"):
-                check_output(run_whole(attention, x_BTD), x_BTD, "without a cache, it must")
+            kept_BTD, what = x_BTD.clone(), f"{T} new positions (there may be none) in {dtype}"
+            with noting(f"while it ran on {what}"):
+                y_BTD = run_whole(attention, x_BTD)
+                expect(x_BTD.equal(kept_BTD), "it writes into its input")
+                check_output(y_BTD, x_BTD, "without a cache, it must")
+                told = "a second call gives other outputs"
+                expect(run_whole(attention, x_BTD).equal(y_BTD), told)
                 y_BTD = run_cached(attention, x_BTD, attention.make_cache(2, LENGTH))
                 check_output(y_BTD, x_BTD, "with a cache, it must")
+
+
+def check_precision(config: Any, d_model: int = WIDTH) -> None:
+    """float32 gives what float64 gives, to a thousandth of the outputs' deviation."""
+    x_BTD = noise(2, LENGTH, d_model)
+    exact: Any = build(config, d_model)
+    single: Any = build(config, d_model, torch.float32)
+    for cuts in ([], list(range(1, LENGTH))):
+        expected_BTD = run_pieces(exact, x_BTD, cuts)
+        found_BTD = run_pieces(single, x_BTD.float(), cuts).double()
+        difference = (found_BTD - expected_BTD).abs().max() / expected_BTD.std()
+        told = f"cut at {cuts}, outputs in float32 differ from those in float64 by"
+        expect(difference < 1e-3, f"{told} {difference:.1g} of their deviation")
 
 
 def check_causal(attention: Any, x_BTD: Tensor) -> None:
@@ -204,6 +229,14 @@ def check_cached(attention: Any, x_BTD: Tensor) -> None:
         lengths = [end - start for start, end in pairwise([0, *cuts, x_BTD.shape[1]])]
         told = f"fed in pieces of {lengths}, the outputs are not those of the whole"
         close(run_pieces(attention, x_BTD, cuts), expected_BTD, TOLERANCE, told)
+
+
+def check_long_text(attention: Any, x_BTD: Tensor) -> None:
+    """The same for a text of many positions, token by token and in two pieces."""
+    expected_BTD, T = run_whole(attention, x_BTD), x_BTD.shape[1]
+    for cuts in (range(1, T), [T // 2], [T - 1]):
+        told = f"a text of {T} positions, cut at {list(cuts)[:2]} ..., differs from the whole"
+        close(run_pieces(attention, x_BTD, list(cuts)), expected_BTD, TOLERANCE, told)
 
 
 def check_cache(attention: Any, x_BTD: Tensor) -> None:
@@ -263,6 +296,17 @@ def check_caches_are_apart(attention: Any, x_BTD: Tensor) -> None:
     expected_BTD = torch.stack([expected_BTD[0, end:], expected_BTD[0, end - 1 : end]])
     told = "a row of a cache that was copied twice, and once cut back, goes on differently"
     close(run_cached(attention, later_BTD, copied), expected_BTD, TOLERANCE, told)
+
+
+def check_layers_are_apart(config: Any, d_model: int = WIDTH) -> None:
+    """Two layers of one config, with other weights, do not change each other through the step."""
+    x_BTD = noise(2, LENGTH, d_model)
+    first: Any = build(config, d_model)
+    second: Any = randomize(build(config, d_model), seed=2)
+    step = make_step([0], x_BTD, None)
+    first(x_BTD, step, None)
+    told = "a layer gives another output behind one like it: what does it keep in step.shared?"
+    close(second(x_BTD, step, None), run_whole(second, x_BTD), TOLERANCE, told)
 
 
 def check_padding(attention: Any, x_BTD: Tensor) -> None:
@@ -343,8 +387,10 @@ def check_recorded(attention: Any, x_BTD: Tensor) -> None:
     for layer, recorded in whole.items():
         weights_BHTS, sinks_BHT = recorded.weights_BHTS, recorded.sinks_BHT
         expect(not weights_BHTS.triu(1).any(), "recorded weights see later positions")
+        told = "report each softmax as a head of its own, before they are combined"
+        expect((weights_BHTS >= 0).all(), f"recorded weights are negative: {told}")
         total_BHT = weights_BHTS.sum(dim=-1) + (0 if sinks_BHT is None else sinks_BHT)
-        told = "the recorded weights of a query and its sink do not sum to 1"
+        told = f"the recorded weights of a query and its sink do not sum to 1: {told}"
         close(total_BHT, torch.ones_like(total_BHT), 1e-6, told)
         told = "recorded weights differ when the text is fed in pieces"
         close(in_pieces[layer].weights_BHTS, weights_BHTS, 1e-6, told)
@@ -354,7 +400,10 @@ def check_recorded(attention: Any, x_BTD: Tensor) -> None:
 
 
 def check_model(config: ModelConfig) -> None:
-    """A whole model of these parts keeps the promises of `Transformer` and of generation."""
+    """A whole model of these parts keeps the promises of `Transformer` and of generation.
+
+    It does not take the place of `check_attention` and the others, which look at more.
+    """
     model, tokens_BT = transformer(config), random_tokens(3, LENGTH, config.vocab_size)
     check_logits(model, tokens_BT)
     check_model_recorded(model, tokens_BT)
@@ -371,6 +420,7 @@ def check_logits(model: Transformer, tokens_BT: Tensor) -> None:
     logits_BTV = model(tokens_BT)
     expect(logits_BTV.shape == (B, T, V), f"logits have shape {tuple(logits_BTV.shape)}")
     expect(logits_BTV.isfinite().all(), "logits are not finite")
+    expect(model(tokens_BT).equal(logits_BTV), "a second call gives other logits")
     last_BTV = model(tokens_BT, logits_to_keep=2)
     close(last_BTV, logits_BTV[:, -2:], TOLERANCE, "logits_to_keep changes the logits")
     for depth, logits_BtV in enumerate(model.mtp_logits(tokens_BT), start=1):

@@ -171,7 +171,10 @@ def check_names(module: nn.Module, run: Callable[[nn.Module], object]) -> None:
     with watch_names(own.__contains__) as found:
         run(module)
     wrong = [f"{place}: {told}" for place, all_told in found.items() for told in sorted(all_told)]
-    expect(not wrong, f"names do not tell shapes: {'; '.join(wrong)}")
+    told = (
+        "all else holds, but names do not tell shapes (x_BTD: a letter is one size in a function)"
+    )
+    expect(not wrong, f"{told}: {'; '.join(wrong)}")
 
 
 # --- what every part has in common
@@ -189,6 +192,7 @@ def check_state(config: Any, run: Run, d_model: int = WIDTH) -> None:
         raise AssertionError(f"cannot be built on the meta device: {error}") from error
     for path, module in config.build(d_model).named_modules():
         check_reset(path or "it", module)
+        check_tensors_are_saved(path or "it", module)
     first, second = build(config, d_model), randomize(build(config, d_model), seed=9)
     second.load_state_dict(first.state_dict())
     expected, loaded = run(first), run(second)
@@ -210,6 +214,19 @@ def check_reset(path: str, module: nn.Module) -> None:
     reset(**({"std": 0.02} if "std" in signature(reset).parameters else {}))
     for name, parameter in own.items():
         expect(parameter.isfinite().all(), f"reset_parameters of {what} does not set {name}")
+
+
+def check_tensors_are_saved(path: str, module: nn.Module) -> None:
+    """Every tensor of a module is a parameter or a persistent buffer, and `residual_outputs` names
+    parameters."""
+    what, saved = f"{path}, a {type(module).__name__},", module.state_dict().keys()
+    buffers = dict(module.named_buffers(recurse=False))
+    plain = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+    lost = [*plain, *(name for name in buffers if name not in saved)]
+    expect(not lost, f"{what} keeps {', '.join(lost)} in no file: make it a persistent buffer")
+    known = dict(module.named_parameters()).keys()
+    unknown = set(getattr(module, "residual_outputs", ())) - known
+    expect(not unknown, f"residual_outputs of {what} names no parameter: {', '.join(unknown)}")
 
 
 def check_gradients(module: nn.Module, run: Callable[..., Tensor], *inputs: Tensor) -> None:

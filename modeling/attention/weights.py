@@ -28,8 +28,9 @@ def is_recorded(step: Step) -> bool:
 def report_weights(step: Step, weights: AttentionWeights, keys_BS: Tensor | None = None) -> None:
     """Hand an attention's weights to `record_attention`; nothing happens where none records.
 
-    keys_BS: the positions of the keys, as in `mask_keys`. The record has a column for each
-    position, in order, and zeros for queries that are padding.
+    A head that combines several softmaxes reports each as a head of its own, before they are
+    combined. keys_BS: the positions of the keys, as in `mask_keys`. The record has a column for
+    each position, in order, and zeros for queries that are padding.
     """
     if not is_recorded(step):
         return

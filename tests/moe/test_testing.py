@@ -247,6 +247,17 @@ class LostTensor(ToyRouter):
         return super().logits(x_ND) + self.shift.to(x_ND.device)
 
 
+class Hidden(ToyRouter):
+    """Keeps a tensor in a list, which nothing saves."""
+
+    def __init__(self, d_model):
+        super().__init__(d_model)
+        self.shifts = [torch.randn(5)]
+
+    def logits(self, x_ND):
+        return super().logits(x_ND) + self.shifts[0].to(x_ND.device)
+
+
 class WrongName(ToyRouter):
     def weigh(self, scores_NE, experts_NK):
         weights_NE = super().weigh(scores_NE, experts_NK)
@@ -288,8 +299,9 @@ ROUTER_BUGS = {
     Unused: "no gradient reaches unused",
     Forgetful: "does not set weight",
     ReadsValues: "cannot be built on the meta device",
-    LostTensor: "a copy loaded from the state_dict differs",
-    WrongName: "names do not tell shapes: .*weights_NE: E = 2, but 5",
+    LostTensor: "keeps shift in no file",
+    Hidden: "a copy loaded from the state_dict differs",
+    WrongName: "names do not tell shapes .*weights_NE: E = 2, but 5",
     InnerRouter: "inner is read and not called",
 }
 
