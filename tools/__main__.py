@@ -17,6 +17,7 @@ from . import (
     describe,
     evaluate,
     generate,
+    look,
     make_tiny,
     probe_mtp,
     train,
@@ -32,6 +33,7 @@ COMMANDS = {
     "make-tiny": make_tiny,
     "bench": bench,
     "evaluate": evaluate,
+    "look": look,
     "probe-mtp": probe_mtp,
     "train": train,
 }

@@ -39,8 +39,8 @@ top-k router keeps some groups of experts, experts of other groups are no candid
 count as refused. A position that uses no expert, or all candidates, has no margin. No margin ("-",
 null) if that holds everywhere, or if experts choose tokens instead.
 
-Shapes: N tokens of the text or routed, T tokens of a window, n positions that count, D model width,
-V vocabulary, E experts, K slots of a token.
+Shapes: N tokens of the text or routed, T tokens of a window, t of them at some depth, n positions
+that count, D model width, V vocabulary, E experts, e one more, K slots of a token.
 """
 
 import argparse
@@ -160,7 +160,8 @@ def choose_depths(model: Transformer, requested: int | None) -> int:
         problem = f"{path} routes each token by later ones too"
         if requested:
             raise ValueError(f"--draft-tokens {requested}: {problem}: such a model cannot draft")
-        warnings.warn(f"{problem}: the figures are no prediction; no drafts", stacklevel=2)
+        effect = "tokens help to predict themselves, and no drafts are shown"
+        warnings.warn(f"{problem}: {effect}", stacklevel=2)
     return len(model.mtp) if requested is None else requested
 
 
@@ -232,15 +233,15 @@ def score_entropies(routing: Routing) -> Tensor:
 
 def choice_margins(routing: Routing, router: Router) -> Tensor:
     """How far each token's choice is from another one: (N,); not finite where there is none."""
-    choice_NE, experts_NK = routing.scores_NE, routing.experts_NK
+    choice_NE, (N, E) = routing.scores_NE, routing.scores_NE.shape
     if getattr(router, "sees_other_tokens", False):  # its tokens do not choose
-        return choice_NE.new_full((len(choice_NE),), math.inf)
+        return choice_NE.new_full((N,), math.inf)
     if router.selection_bias is not None:
         choice_NE = choice_NE + router.selection_bias
     if isinstance(config := getattr(router, "config", None), TopK):
         choice_NE = config.limit_to_groups(choice_NE)
-    slots_Ne = F.pad(torch.zeros_like(choice_NE, dtype=torch.bool), (0, 1))  # one for empty slots
-    chosen_NE = slots_Ne.scatter(1, experts_NK, True)[:, :-1]
+    chosen_Ne = choice_NE.new_zeros(N, E + 1, dtype=torch.bool)  # the last: empty slots
+    chosen_NE = chosen_Ne.scatter(1, routing.experts_NK, True)[:, :E]
     last_N = choice_NE.where(chosen_NE, math.inf).amin(dim=-1)
     refused_N = choice_NE.where(~chosen_NE, -math.inf).amax(dim=-1)
     return last_N - refused_N
@@ -336,8 +337,8 @@ def judge_tokens(
     if not losses_n.isfinite().all():
         whose = "the model" if module is None else "an MTP module"
         raise ValueError(
-            f"the logits of {whose} are not finite: `verify --values` finds wrong weights; a dtype "
-            "with more range (--dtype float32) prevents overflow"
+            f"the logits of {whose} are not finite: `verify --values` finds wrong weights; float16 "
+            "may overflow"
         )
     return losses_n, torch.cat(best)
 
@@ -363,17 +364,19 @@ def summarize(measures: Measures, model: Transformer, num_bytes: int) -> dict[st
             for depth in depths
         ],
         "routers": [
-            {
-                "layer": layer,
-                "mtp_depth": depth_of(model, layer),
-                "least_load": use.load_E.min().item(),
-                "greatest_load": use.load_E.max().item(),
-                "entropy_bits": use.entropy.value,
-                "margin": use.margin.value,
-                "load": use.load_E.tolist(),
-            }
+            {"layer": layer, "mtp_depth": depth_of(model, layer)} | summarize_experts(use)
             for layer, use in measures.experts.items()
         ],
+    }
+
+
+def summarize_experts(use: ExpertUse) -> dict[str, Any]:
+    return {
+        "least_load": use.load_E.min().item(),
+        "greatest_load": use.load_E.max().item(),
+        "entropy_bits": use.entropy.value,
+        "margin": use.margin.value,
+        "load": use.load_E.tolist(),
     }
 
 

@@ -32,9 +32,11 @@ from moe import ExpertChoice, MoEConfig, Routing, TopK, TopP, record_routing
 from tools import evaluate
 from tools.__main__ import main
 from tools.evaluate import (
+    Measures,
     choice_margins,
     choose_depths,
     cut_windows,
+    list_figures,
     measure_text,
     score_entropies,
     summarize,
@@ -367,6 +369,15 @@ def test_entropies_of_scores_by_hand():
     quarter = 0.25 * 2 + 0.75 * math.log2(4 / 3)
     assert found[:3] == pytest.approx([1.0, quarter, 0.0])
     assert not any(map(math.isfinite, found[3:]))
+
+
+def test_a_perplexity_beyond_all_numbers_is_left_out():
+    measures = Measures()
+    measures.nats.add(torch.tensor([800.0]))
+    measures.accuracy.add(torch.tensor([False]))
+    figures = summarize(measures, SMALL, 4)
+    assert (figures["perplexity"], figures["accuracy"]) == (None, 0)
+    assert dict(list_figures(figures))["perplexity"] == "-"
 
 
 def evaluated(capsys, *arguments) -> tuple[int, str, str]:
