@@ -25,7 +25,7 @@ from .generate import add_loading_arguments, load_requested_model, parse_draft_t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, help="checkpoint directory with MTP modules")
-    add("text", type=Path, help="UTF-8 text, plain or .xz, that the passages come from")
+    add("text", type=Path, help="UTF-8 text, plain or .xz, or - for stdin, of the passages")
     add(
         "--draft-tokens",
         type=parse_draft_tokens,

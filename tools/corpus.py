@@ -19,12 +19,13 @@ DOCUMENT_END = "\n\n\n"  # documents are separated by two blank lines
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, decompressed if its name ends in .xz."""
+    """The text of a UTF-8 file, decompressed if its name ends in .xz; of stdin, if it is "-"."""
+    name = "stdin" if str(path) == "-" else path
     try:
-        raw = path.read_bytes()
+        raw = sys.stdin.buffer.read() if name == "stdin" else path.read_bytes()
         return (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
+        raise ValueError(f"{name}: not UTF-8 text ({error.reason})") from None
     except lzma.LZMAError as error:
         raise ValueError(f"{path}: cannot decompress ({error})") from None
 

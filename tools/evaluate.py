@@ -71,7 +71,12 @@ PIECE = 512  # positions whose logits exist at once
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, help="checkpoint directory")
-    add("text", type=Path, nargs="+", help="UTF-8 text, plain or .xz; each is a column")
+    add(
+        "text",
+        type=Path,
+        nargs="+",
+        help="UTF-8 text, plain or .xz, or - for stdin; each is a column",
+    )
     add("--window", type=int, help="tokens that one forward reads (default: the model's positions)")
     add(
         "--stride",

@@ -13,6 +13,7 @@ import torch
 from checkpoints import TextStream, Tokenizer, check_vocabulary, load_model, load_tokenizer
 from modeling import GenerationStatistics, Transformer, generate
 
+from .corpus import read_text
 from .describe import count_parameters, count_plain_cache_bytes
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "pretrained"
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         help="the text to continue; - reads it from stdin; an empty one begins with the BOS token",
     )
-    source.add_argument("--prompt-file", type=Path, help="a UTF-8 file with the text to continue")
+    source.add_argument("--prompt-file", type=Path, help="UTF-8 file, plain or .xz, to continue")
     add = parser.add_argument
     add("--model", type=Path, default=SHIPPED, help="checkpoint directory")
     add(
@@ -171,15 +172,8 @@ def print_text(tokenizer: Tokenizer, prompt_ids: list[int], tokens: Iterable[int
 
 def read_prompt(args: argparse.Namespace) -> str:
     if args.prompt_file is not None:
-        raw = args.prompt_file.read_bytes()
-    elif args.prompt == "-":
-        raw = sys.stdin.buffer.read()
-    else:
-        return args.prompt
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt is not UTF-8 text ({error.reason})") from None
+        return read_text(args.prompt_file)
+    return read_text(Path("-")) if args.prompt == "-" else args.prompt
 
 
 def find_device(name: str) -> torch.device:

@@ -19,7 +19,6 @@ K slots of a token.
 
 import argparse
 import math
-import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -46,7 +45,7 @@ NO_TEXT = "◌"  # stands for a token that begins or continues a character and d
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, help="checkpoint directory")
-    add("text", type=Path, help="UTF-8 text, plain or .xz; - reads it from stdin")
+    add("text", type=Path, help="UTF-8 text, plain or .xz, or - for stdin")
     add(
         "--out",
         type=Path,
@@ -95,7 +94,7 @@ def read_tokens(tokenizer: Tokenizer, path: Path, max_tokens: int, max_length: i
     """The first tokens of a text, with a warning if it has more; ValueError for fewer than two."""
     if max_tokens < 2:
         raise ValueError(f"--max-tokens {max_tokens}: must be >= 2")
-    ids = tokenizer.encode(read_stdin() if str(path) == "-" else read_text(path))
+    ids = tokenizer.encode(read_text(path))
     if len(ids) < 2:
         raise ValueError(f"{path}: {len(ids)} tokens of text, at least 2 needed")
     shown = min(max_tokens, max_length)
@@ -104,13 +103,6 @@ def read_tokens(tokenizer: Tokenizer, path: Path, max_tokens: int, max_length: i
         problem = f"the first {shown} of {len(ids):,} tokens are shown ({reason})"
         warnings.warn(f"{path}: {problem}", stacklevel=2)
     return ids[:shown]
-
-
-def read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the text on stdin is not UTF-8 ({error.reason})") from None
 
 
 def choose_layer(model: Transformer, requested: int | None, num_tokens: int) -> int | None:

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "text",
         type=Path,
-        help="UTF-8 text, plain or .xz, of the kind that the model was trained for",
+        help="UTF-8 text, plain or .xz, or - for stdin, of the kind that the model was trained for",
     )
     add("--draft-tokens", type=int, default=4, help="number of draft positions to measure")
     add("--max-tokens", type=int, default=4096, help="read only this many first tokens of the text")

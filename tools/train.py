@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         type=Path,
         required=True,
-        help="UTF-8 text, plain or .xz; documents are separated by two blank lines",
+        help="UTF-8 text, plain or .xz, or - for stdin; documents are separated by two blank lines",
     )
     add(
         "--config",

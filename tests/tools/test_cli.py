@@ -343,9 +343,9 @@ def test_a_vocabulary_padded_beyond_the_tokenizer_generates(tiny, command):
 def test_a_prompt_that_cannot_be_read_is_one_line(pristine, command, tmp_path, monkeypatch):
     (tmp_path / "latin").write_bytes("Grüße".encode("latin-1"))
     said = refused(command(*generated(pristine(), "--prompt-file", tmp_path / "latin")))
-    assert "the prompt is not UTF-8" in said
+    assert ": not UTF-8 text" in said
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
-    assert "the prompt is not UTF-8" in refused(command(*generated(pristine(), "--prompt", "-")))
+    assert "stdin: not UTF-8 text" in refused(command(*generated(pristine(), "--prompt", "-")))
     said = refused(command(*generated(pristine(), "--prompt-file", tmp_path / "absent")))
     assert "absent: No such file" in said
     assert "Is a directory" in refused(command(*generated(pristine(), "--prompt-file", tmp_path)))

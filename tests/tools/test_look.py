@@ -392,7 +392,7 @@ def test_the_text_may_come_from_stdin_and_is_cut_with_a_note(monkeypatch):
     ):
         assert read_tokens(tokenizer, Path("-"), 3, 512) == tokenizer.encode("Grüße")[:3]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüße".encode("latin-1"))))
-    with pytest.raises(ValueError, match="the text on stdin is not UTF-8"):
+    with pytest.raises(ValueError, match="stdin: not UTF-8 text"):
         read_tokens(tokenizer, Path("-"), 3, 512)
 
 
