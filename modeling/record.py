@@ -49,8 +49,7 @@ class RecordedAttention(Recorded[AttentionWeights]):
         self, layer: int, attention: nn.Module, args: tuple, kwargs: dict, output: Tensor
     ) -> None:
         """The hook behind an attention: keep the weights that it reported."""
-        shared = find_step(args, kwargs).shared
-        reported, shared[AttentionWeights] = shared[AttentionWeights], []
+        reported = find_step(args, kwargs).shared[AttentionWeights]
         if in_backward():
             return
         if len(reported) == 1:

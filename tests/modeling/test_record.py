@@ -156,6 +156,39 @@ def test_recording_changes_no_result_and_leaves_nothing_behind():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_blocks_within_blocks_record_alike():
+    model, tokens_BT = MODELS["windows and sinks"], random_tokens(2, 7)
+    with record_attention(model) as outer, record_states(model) as outer_states:
+        model(tokens_BT[:, :3])
+        with record_attention(model) as inner, record_states(model) as inner_states:
+            model(tokens_BT)
+    with record_attention(model) as alone:
+        model(tokens_BT)
+    for layer in alone:
+        close(inner[layer].weights_BHTS, alone[layer].weights_BHTS)
+        close(outer[layer].weights_BHTS[:, :, 3:], alone[layer].weights_BHTS)
+        close(outer_states[layer].after_BTD[:, 3:], inner_states[layer].after_BTD)
+
+
+def test_a_forward_that_fails_leaves_no_hooks_and_no_half_of_a_record():
+    model, tokens_BT = transformer(model_config(gqa())), random_tokens(1, 4)
+
+    def fail(module, args):
+        raise RuntimeError("stopped")
+
+    failing = model.layers[1].feed_forward.register_forward_pre_hook(fail)
+    with record_attention(model) as attention, record_states(model) as states:
+        with pytest.raises(RuntimeError, match="stopped"):
+            model(tokens_BT)
+        failing.remove()
+        model(tokens_BT)
+    assert states[1].after_BTD.shape == (1, 4, 11)
+    assert attention[2].weights_BHTS.shape == (1, 6, 4, 4)
+    with pytest.raises(RuntimeError, match="outside"), record_attention(model):
+        raise RuntimeError("outside")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def test_a_generation_is_recorded_and_its_tokens_stay_the_same():
     model = MODELS["mla"]
     plain = list(generate(model, [1, 2, 3], 6))
