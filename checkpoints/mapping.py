@@ -82,7 +82,7 @@ class Entry:
         parts = self.parts(state)
         if self.pattern is None:
             return parts[0].clone()
-        return pack(self.pattern, parts).contiguous()
+        return pack(self.pattern, torch.stack(tuple(parts))).contiguous()
 
 
 def unpack(tensor: Tensor, pattern: str, parts: Sequence[Tensor]) -> Tensor:
@@ -90,10 +90,10 @@ def unpack(tensor: Tensor, pattern: str, parts: Sequence[Tensor]) -> Tensor:
     return rearrange(tensor, pattern, **({"P": len(parts)} if "P" in pattern else {}))
 
 
-def pack(pattern: str, parts: Sequence[Tensor]) -> Tensor:
-    """Make the published tensor from ours: the pattern backwards."""
+def pack(pattern: str, stacked: Tensor) -> Tensor:
+    """Make the published tensor from ours, stacked: the pattern backwards."""
     theirs, ours = pattern.split("->")
-    return rearrange(torch.stack(tuple(parts)), f"{ours} -> {theirs}")
+    return rearrange(stacked, f"{ours} -> {theirs}")
 
 
 def apply_rules(
@@ -161,5 +161,4 @@ def expand_rule(rule: Rule, shapes: Mapping[str, Shape], config: ModelConfig) ->
 
 
 def compute_packed_shape(pattern: str, ours: tuple[str, ...], shapes: Mapping[str, Shape]) -> Shape:
-    empty = [torch.empty(shapes[name], device="meta") for name in ours]
-    return tuple(pack(pattern, empty).shape)
+    return tuple(pack(pattern, torch.empty(len(ours), *shapes[ours[0]], device="meta")).shape)

@@ -36,9 +36,8 @@ class Block(nn.Module):
     def __init__(self, d_model: int, norm_epsilon: float, config: LayerConfig) -> None:
         super().__init__()
         norm = partial(RMSNorm, d_model, norm_epsilon)
-        before, after = (
-            norm if wanted else nn.Identity for wanted in (config.norm_before, config.norm_after)
-        )
+        wanted = config.norm_before, config.norm_after
+        before, after = (norm if is_wanted else nn.Identity for is_wanted in wanted)
         self.attention_norm = before()
         self.attention = cast(Attention, config.attention.build(d_model))
         self.attention_output_norm = after()
@@ -70,7 +69,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         D, V, epsilon = config.d_model, config.vocab_size, config.norm_epsilon
-        make_head, make_embed = partial(nn.Linear, D, V, bias=False), partial(nn.Embedding, V, D)
+        make_head = partial(nn.Linear, D, V, bias=False)
+
+        def make_embed() -> nn.Embedding:  # undrawn: on the meta device, that imports the compiler
+            return nn.Embedding.from_pretrained(torch.empty(V, D), freeze=False)
+
         self.embed = make_embed()
         self.layers = nn.ModuleList(Block(D, epsilon, layer) for layer in config.layers)
         self.norm = RMSNorm(D, epsilon)
@@ -133,11 +136,8 @@ class Transformer(nn.Module):
         return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
 
     def make_cache(self, batch_size: int, max_length: int, rollback: int = 0) -> Cache:
-        """An empty cache for the main layers.
-
-        rollback: by how many positions it can be cut back at any time; layers that keep
-        every entry can be truncated to any length.
-        """
+        """An empty cache for the main layers, which can be cut back by `rollback` positions at any
+        time; layers that keep every entry can be truncated to any length."""
         return Cache(self.make_caches(self.layers, batch_size, max_length, rollback))
 
     def make_mtp_caches(self, *sizes: int) -> list[LayerCache]:
