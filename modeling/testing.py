@@ -130,6 +130,7 @@ def check_attention(config: Any, d_model: int = WIDTH) -> None:
     check_caches_are_apart(attention, x_BTD)
     check_layers_are_apart(config, d_model)
     check_rollback(attention, x_BTD)
+    check_rollback(attention, noise(3, LONG, d_model))
     check_adapters(config, d_model)
     check_recorded(attention, x_BTD)
     check_state(config, lambda attention: run_whole(attention, x_BTD), d_model)
@@ -263,6 +264,7 @@ def check_cache(attention: Any, x_BTD: Tensor) -> None:
     try:
         run_cached(attention, x_BTD[:, :1], cache)
     except ValueError:
+        expect(cache.lengths == [T] * B, f"refusing one more, it changed lengths: {cache.lengths}")
         return
     raise AssertionError(f"a cache for {T} positions takes {T + 1}: raise ValueError")
 
@@ -337,12 +339,13 @@ def check_padding(attention: Any, x_BTD: Tensor) -> None:
 
 def check_rollback(attention: Any, x_BTD: Tensor) -> None:
     """Rows cut back, by up to `rollback` positions at any time and to 0 always, go on as if what
-    was cut off had never been there."""
+    was cut off had never been there. A deeper cut is right too, or refused."""
     B, T, D = x_BTD.shape
     for rollback in (0, 1, 3):
         cache = attention.make_cache(B, 2 * T, rollback)
-        texts = [row_TD for row_TD in x_BTD]
+        texts = list(x_BTD)
         run_cached(attention, x_BTD, cache)
+        check_deep_cut(attention, x_BTD[:1], rollback)
         cuts = [[min(rollback, row) for row in range(B)], [rollback] * B, [0, T, rollback]]
         for number, cut in enumerate(cuts):
             lengths = [0 if c == T else len(text) - c for text, c in zip(texts, cut, strict=True)]
@@ -356,6 +359,20 @@ def check_rollback(attention: Any, x_BTD: Tensor) -> None:
                 expected_TD = run_whole(attention, text_TD[None])[0, length:]
                 told = f"row {row}, cut back to {length} with a rollback of {rollback},"
                 close(found_BTD[row], expected_TD, TOLERANCE, f"{told} goes on differently")
+
+
+def check_deep_cut(attention: Any, x_1TD: Tensor, rollback: int) -> None:
+    """A row cut back further than `rollback` goes on rightly, or the cut is refused."""
+    cache, length = attention.make_cache(1, x_1TD.shape[1], rollback), 1
+    for x_11D in x_1TD.split(1, dim=1):
+        run_cached(attention, x_11D, cache)
+    try:
+        cache.truncate([length])
+    except ValueError:
+        return
+    found_BTD = run_cached(attention, x_1TD[:, length:], cache)
+    told = f"cut back to {length}, with a rollback of {rollback}, a row goes on differently"
+    close(found_BTD, run_whole(attention, x_1TD)[:, length:], TOLERANCE, told)
 
 
 def check_adapters(config: Any, d_model: int = WIDTH) -> None:
@@ -390,7 +407,10 @@ def check_recorded(attention: Any, x_BTD: Tensor) -> None:
         told = "report each softmax as a head of its own, before they are combined"
         expect((weights_BHTS >= 0).all(), f"recorded weights are negative: {told}")
         total_BHT = weights_BHTS.sum(dim=-1) + (0 if sinks_BHT is None else sinks_BHT)
-        told = f"the recorded weights of a query and its sink do not sum to 1: {told}"
+        told = (
+            f"the recorded weights of a query and its sink do not sum to 1: {told}; what is no "
+            "softmax is reported as shares"
+        )
         close(total_BHT, torch.ones_like(total_BHT), 1e-6, told)
         told = "recorded weights differ when the text is fed in pieces"
         close(in_pieces[layer].weights_BHTS, weights_BHTS, 1e-6, told)

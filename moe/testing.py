@@ -113,16 +113,21 @@ GROUPED = TopK(
 SUFFIX = re.compile(r"_([A-Z][A-Za-z0-9]*|[a-z](?:[A-Z0-9][A-Za-z0-9]*)?)$")
 
 
-def wrong_shapes(tensors: dict[str, Tensor], leading: bool) -> Iterator[str]:
+CAPITAL = re.compile(r"_([A-Z][A-Za-z0-9]*)$")
+
+
+def wrong_shapes(
+    tensors: dict[str, Tensor], leading: bool, suffix: re.Pattern = SUFFIX
+) -> Iterator[str]:
     """Complaints about the tensors of one call whose names end in a suffix.
 
     x_BTD has three dimensions, and a letter is one size within a call. Upper and lower case are
     different letters; a digit is a dimension of that size. A dimension of size 1 may stand for any
-    other: it broadcasts. leading: a suffix names the last dimensions only.
+    other: it broadcasts. leading: a suffix names the last dimensions only. suffix: of a name.
     """
     sizes: dict[str, tuple[int, str]] = {}
     for name, tensor in tensors.items():
-        letters = SUFFIX.search(name)
+        letters = suffix.search(name)
         if letters is None:
             continue
         shape = tuple(tensor.shape)[-len(letters[1]) :] if leading else tuple(tensor.shape)
@@ -139,7 +144,9 @@ def wrong_shapes(tensors: dict[str, Tensor], leading: bool) -> Iterator[str]:
 
 
 @contextmanager
-def watch_names(files: Callable[[str], bool]) -> Iterator[dict[str, set[str]]]:
+def watch_names(
+    files: Callable[[str], bool], suffix: re.Pattern = SUFFIX
+) -> Iterator[dict[str, set[str]]]:
     """Collect {function: complaints} for every function of these files that returns inside.
 
     files: whether the functions of a file are watched. Where a file's docstring says
@@ -153,7 +160,7 @@ def watch_names(files: Callable[[str], bool]) -> Iterator[dict[str, set[str]]]:
             tensors = {name: value for name, value in values if isinstance(value, Tensor)}
             leading = "Shapes: ... any" in (frame.f_globals.get("__doc__") or "")
             place = f"{Path(frame.f_code.co_filename).name}: {frame.f_code.co_qualname}"
-            found.setdefault(place, set()).update(wrong_shapes(tensors, leading))
+            found.setdefault(place, set()).update(wrong_shapes(tensors, leading, suffix))
 
     before = sys.getprofile()
     sys.setprofile(on_event)
@@ -164,11 +171,14 @@ def watch_names(files: Callable[[str], bool]) -> Iterator[dict[str, set[str]]]:
 
 
 def check_names(module: nn.Module, run: Callable[[nn.Module], object]) -> None:
-    """While `run(module)` runs, names tell shapes in the files of the module's own classes."""
+    """While `run(module)` runs, names tell shapes in the files of the module's own classes.
+
+    Only suffixes that begin with a capital letter count: others are h_t, as papers write it.
+    """
     forwards = (getattr(type(part).forward, "__code__", None) for part in module.modules())
     files = {code.co_filename for code in forwards if code is not None}
     own = {file for file in files if "/torch/nn/" not in Path(file).as_posix()}
-    with watch_names(own.__contains__) as found:
+    with watch_names(own.__contains__, CAPITAL) as found:
         run(module)
     wrong = [f"{place}: {told}" for place, all_told in found.items() for told in sorted(all_told)]
     told = (
@@ -217,22 +227,24 @@ def check_reset(path: str, module: nn.Module) -> None:
 
 
 def check_tensors_are_saved(path: str, module: nn.Module) -> None:
-    """Every tensor of a module is a parameter or a persistent buffer, and `residual_outputs` names
-    parameters."""
+    """Every tensor of a module is a parameter or a persistent buffer, and what it declares by name
+    is there."""
     what, saved = f"{path}, a {type(module).__name__},", module.state_dict().keys()
     buffers = dict(module.named_buffers(recurse=False))
     plain = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
     lost = [*plain, *(name for name in buffers if name not in saved)]
     expect(not lost, f"{what} keeps {', '.join(lost)} in no file: make it a persistent buffer")
-    known = dict(module.named_parameters()).keys()
-    unknown = set(getattr(module, "residual_outputs", ())) - known
-    expect(not unknown, f"residual_outputs of {what} names no parameter: {', '.join(unknown)}")
+    for declared in ("residual_outputs", "quantizable", "exact"):
+        known = {*dict(module.named_parameters()), *module._buffers, *module._parameters}
+        unknown = set(getattr(module, declared, ())) - known
+        expect(not unknown, f"{declared} of {what} names no tensor: {', '.join(unknown)}")
 
 
 def check_gradients(module: nn.Module, run: Callable[..., Tensor], *inputs: Tensor) -> None:
     """The gradients of `run(module, *inputs)` are those of finite differences, in float64.
 
     One random direction is tried for each input and each parameter, so it costs two forwards each.
+    A parameter may be used in training mode alone, like that of a noise: there it has a gradient.
     """
     module.requires_grad_(True)
     tracked = [tensor.clone().requires_grad_(True) for tensor in inputs]
@@ -240,10 +252,17 @@ def check_gradients(module: nn.Module, run: Callable[..., Tensor], *inputs: Tens
     named |= dict(module.named_parameters())
     y = run(module, *tracked)
     weights = noise(*y.shape, seed=3)
-    found = torch.autograd.grad((y * weights).sum(), list(named.values()), allow_unused=True)
-    module.requires_grad_(False)
-    for (name, tensor), gradient in zip(named.items(), found, strict=True):
-        expect(gradient is not None, f"no gradient reaches {name}")
+    found = find_gradients((y * weights).sum(), named)
+    in_training = find_gradients((run(module.train(), *tracked) * weights).sum(), named)
+    module.eval().requires_grad_(False)
+    for name, tensor in named.items():
+        gradient = found[name]
+        known = in_training[name] if gradient is None else gradient
+        expect(known is not None, f"no gradient reaches {name}")
+        told = f"in training mode, the gradient of {name} is not finite"
+        expect(in_training[name] is None or in_training[name].isfinite().all(), told)
+        if gradient is None:
+            continue
         direction = noise(*tensor.shape, seed=4)
         ends = []
         for step in (1e-6, -1e-6):
@@ -254,6 +273,14 @@ def check_gradients(module: nn.Module, run: Callable[..., Tensor], *inputs: Tens
         expected, slope = (ends[0] - ends[1]) / 2e-6, (gradient * direction).sum()
         scale = max(1.0, float(expected.abs()))
         close(slope / scale, expected / scale, 1e-5, f"the gradient of {name} is wrong")
+
+
+def find_gradients(total: Tensor, named: dict[str, Tensor]) -> dict[str, Any]:
+    """The gradient of each tensor, None for one that the total does not depend on."""
+    if not total.requires_grad:
+        return dict.fromkeys(named)
+    found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    return dict(zip(named, found, strict=True))
 
 
 def check_calls(module: nn.Module, run: Run) -> None:
@@ -289,17 +316,22 @@ def check_router(config: Any, d_model: int = WIDTH) -> None:
 
     config: a `RouterConfig`. See `moe.Router` and `moe.Routing` for the contract.
     """
-    router = build(config, d_model)
-    x_ND = noise(9, d_model)
+    router, x_ND = build(config, d_model), noise(9, d_model)
+
+    def run(router: nn.Module, x_ND: Tensor = x_ND) -> Tensor:
+        return spread_routing(router(x_ND))
+
     check_router_contract(config, router)
     check_routings(config, d_model)
     check_order_of_tokens(router, x_ND)
     check_autocast(config, d_model)
     check_selection_bias(router, x_ND)
-    check_state(config, lambda router: spread_weights(router(x_ND)), d_model)
-    check_calls(router, lambda router: spread_weights(router(x_ND)))
-    check_gradients(router, lambda router, x_ND: spread_weights(router(x_ND)), x_ND)
-    check_names(router, lambda router: router(x_ND))
+    check_choice(config, router, noise(40, d_model, seed=2))
+    check_state(config, run, d_model)
+    check_calls(router, run)
+    if own_tensors_need_gradients(router, x_ND):
+        check_gradients(router, run, x_ND)
+    check_names(router, run)
 
 
 def check_router_contract(config: Any, router: nn.Module) -> None:
@@ -315,11 +347,12 @@ def check_routings(config: Any, d_model: int = WIDTH) -> None:
     E = config.num_experts
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         router = build(config, d_model, dtype)
-        for N in (0, 1, 9):
-            with noting(f"while it routed {N} tokens in {dtype}"):
-                routing = router(noise(N, d_model, dtype=dtype))
+        for N, size in ((0, 1), (1, 1), (9, 1), (9, 300)):
+            what = f"{N} tokens in {dtype}" + (f", {size} times as large" if size > 1 else "")
+            with noting(f"while it routed {what}"):
+                routing = router(size * noise(N, d_model, dtype=dtype))
             expect(isinstance(routing, Routing), f"returns a {type(routing).__name__}: no Routing")
-            check_routing(routing, N, E, f"of {N} tokens in {dtype}")
+            check_routing(routing, N, E, f"of {what}")
 
 
 def check_routing(routing: Routing, N: int, E: int, what: str = "") -> None:
@@ -353,44 +386,84 @@ def spread_weights(routing: Routing) -> Tensor:
     return zeros_Ne.scatter_add(1, routing.experts_NK, weights_NK)[:, :E]
 
 
+def spread_routing(routing: Routing) -> Tensor:
+    """Weights, scores and logits of every expert for every token, (N, 3E)."""
+    return torch.cat([spread_weights(routing), routing.scores_NE, routing.logits_NE], dim=1)
+
+
+def check_choice(config: Any, router: Any, x_ND: Tensor) -> None:
+    """A token uses no more experts than the config says, and scores are higher where it does.
+
+    x_ND: of many tokens, since both hold on average only.
+    """
+    bias_E = router.selection_bias
+    if bias_E is not None:
+        router.selection_bias = torch.zeros_like(bias_E)
+    routing, E = router(x_ND), config.num_experts
+    used = (routing.experts_NK != E).sum().item() / len(x_ND)
+    told = f"a token uses {used:g} experts, and experts_per_token is {config.experts_per_token}"
+    expect(used <= config.experts_per_token + E / len(x_ND), told)
+    ones_NK = (routing.experts_NK != E).to(routing.weights_NK.dtype)
+    chosen_NE = spread_weights(reweigh(routing, ones_NK)) > 0
+    if 0 < chosen_NE.sum() < chosen_NE.numel():
+        higher = routing.scores_NE[chosen_NE].mean() > routing.scores_NE[~chosen_NE].mean()
+        expect(higher, "scores of chosen experts are lower than those of others: are they theirs?")
+    if bias_E is not None:
+        router.selection_bias = bias_E
+
+
+def own_tensors_need_gradients(router: nn.Module, x_ND: Tensor) -> bool:
+    """False for a router that learns nothing, like one that hashes: without parameters, and with a
+    routing that does not depend on the states smoothly."""
+    routed = spread_routing(router(x_ND.clone().requires_grad_(True)))
+    return routed.requires_grad or any(True for _ in router.parameters())
+
+
 def check_order_of_tokens(router: nn.Module, x_ND: Tensor) -> None:
     """Tokens in another order are routed in that order, and each as if it were alone, unless the
     router says `sees_other_tokens`."""
-    whole_NE = spread_weights(router(x_ND))
+    whole_Ne = spread_routing(router(x_ND))
     order_N = torch.randperm(len(x_ND), generator=torch.Generator().manual_seed(0))
-    moved_NE = spread_weights(router(x_ND[order_N]))
-    close(moved_NE, whole_NE[order_N], 1e-9, "routing depends on the order of the tokens")
+    moved_Ne = spread_routing(router(x_ND[order_N]))
+    close(moved_Ne, whole_Ne[order_N], 1e-9, "routing depends on the order of the tokens")
     if not getattr(router, "sees_other_tokens", False):
-        alone_NE = torch.cat([spread_weights(router(x_1D)) for x_1D in x_ND.split(1)])
-        told = "a token's experts depend on other tokens, and sees_other_tokens does not say so"
-        close(alone_NE, whole_NE, 1e-9, told)
+        alone_Ne = torch.cat([spread_routing(router(x_1D)) for x_1D in x_ND.split(1)])
+        told = "a token's routing depends on other tokens, and sees_other_tokens does not say so"
+        close(alone_Ne, whole_Ne, 1e-9, told)
 
 
 def check_autocast(config: Any, d_model: int = WIDTH) -> None:
-    """Autocast, which training uses, changes no choice and no weight."""
+    """Autocast, which training uses, changes no choice, weight, score or logit."""
     router, x_ND = build(config, d_model, torch.float32), noise(9, d_model, dtype=torch.float32)
-    expected_NE = spread_weights(router(x_ND))
+    expected_Ne = spread_routing(router(x_ND))
     with torch.autocast(x_ND.device.type, torch.bfloat16):
-        found_NE = spread_weights(router(x_ND))
-    close(found_NE, expected_NE, 1e-6, "autocast changes the routing: see moe.exact_products")
+        found_Ne = spread_routing(router(x_ND))
+    close(found_Ne, expected_Ne, 1e-6, "autocast changes the routing: see moe.exact_products")
 
 
 def check_selection_bias(router: nn.Module, x_ND: Tensor) -> None:
     """The bias takes part in choosing: a higher one draws tokens. It takes no part in weighing: the
-    same bias for all experts changes nothing."""
+    same bias for all experts changes nothing, and neither does another bias where a token keeps its
+    experts."""
     bias_E: Any = router.selection_bias
     if bias_E is None:
         return
     expect(bias_E.shape == (router.num_experts,), f"selection_bias has shape {bias_E.shape}")
     named = "selection_bias" in dict(router.named_buffers(recurse=False))
     expect(named, "selection_bias is no buffer: it would not be saved")
-    before = router(x_ND)
-    bias_E += 0.5
-    after = router(x_ND)
     told = "selection_bias takes part in weights or scores: gather them from unbiased scores"
-    close(spread_weights(after), spread_weights(before), 1e-9, told)
-    close(after.scores_NE, before.scores_NE, 1e-9, told)
-    bias_E -= 0.5
+    before, kept_E = router(x_ND), bias_E.clone()
+    for change_E in (torch.full_like(bias_E, 0.5), 0.02 * noise(len(bias_E), seed=8).to(bias_E)):
+        bias_E += change_E
+        after = router(x_ND)
+        same_N = (before.experts_NK.sort().values == after.experts_NK.sort().values).all(dim=1)
+        expect(
+            same_N.all() or change_E.std() > 0, "an equal selection_bias for all experts matters"
+        )
+        close(spread_weights(after)[same_N], spread_weights(before)[same_N], 1e-9, told)
+        close(after.scores_NE, before.scores_NE, 1e-9, told)
+        close(after.logits_NE, before.logits_NE, 1e-9, told)
+        bias_E.copy_(kept_E)
     drawn = []
     for expert in range(len(bias_E)):
         uses = []
@@ -412,15 +485,15 @@ def check_experts(experts: nn.Module, num_experts: int, d_model: int = WIDTH) ->
     experts: a module that is called with x_ND and a `Routing`, as `moe.Experts`.
     """
     experts = randomize(experts.double(), seed=1).requires_grad_(False).eval()
-    E, x_ND = num_experts, noise(7, d_model)
-    check_output(experts(x_ND, random_routing(7, E)), x_ND, "experts must")
+    E, x_ND = num_experts, noise(40, d_model)
+    check_output(experts(x_ND, random_routing(40, E)), x_ND, "experts must")
     with noting("while experts ran on no token"):
         check_output(experts(x_ND[:0], random_routing(0, E)), x_ND[:0], "experts must")
     check_weighted_sum(experts, x_ND, E)
     check_empty_slots(experts, x_ND, E)
     check_order_of_rows(experts, x_ND, E)
     check_every_expert_differs(experts, x_ND, E)
-    routing = random_routing(7, E)
+    routing = random_routing(40, E)
 
     def run(experts: nn.Module, x_ND: Tensor, weights_NK: Tensor) -> Tensor:
         return experts(x_ND, reweigh(routing, weights_NK))
@@ -455,8 +528,9 @@ def check_weighted_sum(experts: nn.Module, x_ND: Tensor, E: int) -> None:
     """The output is linear in the weights, and the sum of the slots by themselves."""
     routing = random_routing(len(x_ND), E)
     total_ND = experts(x_ND, routing)
-    doubled_ND = experts(x_ND, reweigh(routing, 2 * routing.weights_NK))
-    close(doubled_ND, 2 * total_ND, 1e-9, "the output is not linear in the weights")
+    for factor in (2, -1):
+        found_ND = experts(x_ND, reweigh(routing, factor * routing.weights_NK))
+        close(found_ND, factor * total_ND, 1e-9, "the output is not linear in the weights")
     slots = []
     for k in range(routing.experts_NK.shape[1]):
         weights_N1, experts_N1 = routing.weights_NK[:, k : k + 1], routing.experts_NK[:, k : k + 1]
@@ -497,12 +571,13 @@ def check_order_of_rows(experts: nn.Module, x_ND: Tensor, E: int) -> None:
 
 def check_every_expert_differs(experts: nn.Module, x_ND: Tensor, E: int) -> None:
     """Each expert computes something of its own."""
-    outputs = []
+    outputs: list[Tensor] = []
     for expert in range(E):
         experts_N1 = torch.full((len(x_ND), 1), expert)
         weights_N1 = torch.ones(len(x_ND), 1, dtype=x_ND.dtype)
         scores_NE = torch.ones(len(x_ND), E, dtype=x_ND.dtype)
         outputs.append(experts(x_ND, Routing(weights_N1, experts_N1, scores_NE, scores_NE)))
+        expect(outputs[-1].any(), f"expert {expert} computes nothing")
     for a in range(E):
         for b in range(a):
             same = torch.allclose(outputs[a], outputs[b])
@@ -545,3 +620,6 @@ def check_tokens_are_apart(module: nn.Module, x_BTD: Tensor) -> None:
         told = f"row {b} by itself gets another output than among others"
         close(module(x_BTD[b : b + 1]), whole_BTD[b : b + 1], 1e-9, told)
     close(module(x_BTD.flip(1)), whole_BTD.flip(1), 1e-9, "the order of positions matters")
+    long_1TD = noise(1, 70, x_BTD.shape[2], seed=3)
+    told = "the last of 70 positions by itself gets another output than among others"
+    close(module(long_1TD[:, -1:]), module(long_1TD)[:, -1:], 1e-9, told)

@@ -291,6 +291,37 @@ class TwoMaps(ToyAttention):
         super().report(step, 2 * weights_BTS - weights_BTS.flip(-1).tril(), keys_BS)
 
 
+class FarRollback(ToyAttention):
+    """A window of ten whose cache forgets what a cut would need."""
+
+    def make_cache(self, batch_size, max_length, rollback=0):
+        D = self.q.in_features
+        cache = WindowCache(batch_size, max_length, [D, D], window=10, rollback=0)
+        cache.rollback = rollback
+        return cache
+
+    def see(self, queries_BT1, keys_B1S):
+        return super().see(queries_BT1, keys_B1S) & (keys_B1S > queries_BT1 - 10)
+
+
+class NoFloors(WindowCache):
+    def append(self, *new_BTW, counts=None):
+        found = super().append(*new_BTW, counts=counts)
+        self.floors = [0] * len(self.lengths)
+        return found
+
+
+class CutsTooFar(FarRollback):
+    def make_cache(self, batch_size, max_length, rollback=0):
+        D = self.q.in_features
+        return NoFloors(batch_size, max_length, [D, D], window=10, rollback=rollback)
+
+
+class NotANumberInTraining(ToyAttention):
+    def finish(self, y_BTD):
+        return y_BTD / (0.0 if self.training else 1.0)
+
+
 class NoEmpty(ToyAttention):
     def finish(self, y_BTD):
         y_BTD.amax()
@@ -357,6 +388,16 @@ class Shifted(EntryCache):
         return entries, None if keys_BS is None else keys_BS.roll(1, dims=1)
 
 
+class HalfRefused(EntryCache):
+    """Has advanced when it refuses."""
+
+    def append(self, *new_BTW, counts=None):
+        if counts is None and max(self.lengths) + new_BTW[0].shape[1] > self.max_length:
+            self.lengths = [length + 1 for length in self.lengths]
+            raise ValueError("full")
+        return super().append(*new_BTW, counts=counts)
+
+
 class LostLast(EntryCache):
     """Cuts one position more than it was asked for."""
 
@@ -395,16 +436,20 @@ BUGS = {
     ReadsValues: "cannot be built on the meta device",
     LostTensor: "keeps shift in no file",
     LostBuffer: "keeps table in no file",
-    WrongOutputs: "residual_outputs of it, a WrongOutputs, names no parameter: out.weight",
+    WrongOutputs: "residual_outputs of it, a WrongOutputs, names no tensor: out.weight",
     InPlace: "it writes into its input",
     HalvedInFloat32: "outputs in float32 differ from those in float64 by",
     FarMask: "a text of 40 positions",
     LeftInStep: "a layer gives another output behind one like it",
+    FarRollback: "cannot be truncated|goes on differently",
+    CutsTooFar: "cut back to 1, with a rollback of 0, a row goes on differently",
+    NotANumberInTraining: "in training mode, the gradient of .* is not finite",
     TwoMaps: "recorded weights are negative: report each softmax as a head",
     with_cache(Unlisted): "1 tensors of the cache are not in `tensors`",
     with_cache(NoRows): "without an axis of|no 3th of|a row of",
     with_cache(WrongBytes): "nbytes = ",
     with_cache(Overflowing): "a cache for 6 positions takes 7",
+    with_cache(HalfRefused): r"refusing one more, it changed lengths: \[7, 7, 7\]",
     with_cache(Longer): "max_length is 7, asked for 6",
     with_cache(Shifted): "fed in pieces of",
     with_cache(LostLast): "cut back to|copied twice",

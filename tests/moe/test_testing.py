@@ -258,6 +258,48 @@ class Hidden(ToyRouter):
         return super().logits(x_ND) + self.shifts[0].to(x_ND.device)
 
 
+class LeakInSoftmax(ToyRouter):
+    """A bias that is equal for all experts drops out of a softmax."""
+
+    def weigh(self, scores_NE, experts_NK):
+        return (scores_NE + self.selection_bias).gather(1, experts_NK).softmax(dim=-1)
+
+
+class DetachedScores(ToyRouter):
+    def finish(self, routing):
+        scores_NE = routing.scores_NE.detach()
+        return Routing(routing.weights_NK, routing.experts_NK, scores_NE, routing.logits_NE)
+
+
+class AveragedScores(ToyRouter):
+    def finish(self, routing):
+        scores_NE = routing.scores_NE.mean(dim=0, keepdim=True).expand_as(routing.scores_NE)
+        scores_NE = scores_NE if len(routing.scores_NE) else routing.scores_NE
+        return Routing(routing.weights_NK, routing.experts_NK, scores_NE, routing.logits_NE)
+
+
+class ScoresOfOthers(ToyRouter):
+    def finish(self, routing):
+        scores_NE = 1 - routing.scores_NE
+        return Routing(routing.weights_NK, routing.experts_NK, scores_NE, routing.logits_NE)
+
+
+class Overflowing(ToyRouter):
+    def logits(self, x_ND):
+        logits_NE = super().logits(x_ND)
+        powers_NE = logits_NE.exp()
+        return powers_NE / powers_NE.sum(dim=-1, keepdim=True)
+
+
+class ThreeExperts(ToyRouter):
+    def choose(self, scores_NE):
+        return (scores_NE + self.selection_bias).topk(3, dim=-1).indices
+
+
+class WrongQuantizable(ToyRouter):
+    quantizable = ("weights",)
+
+
 class WrongName(ToyRouter):
     def weigh(self, scores_NE, experts_NK):
         weights_NE = super().weigh(scores_NE, experts_NK)
@@ -287,7 +329,7 @@ ROUTER_BUGS = {
     Outside: "outside 0 to 5",
     WeightedEmpty: "empty slot .* has a weight other than 0",
     Divided: "are not all finite",
-    Centred: "a token's experts depend on other tokens",
+    Centred: "a token's routing depends on other tokens",
     Ordered: "depends on the order of the tokens",
     Reduced: "autocast changes the routing",
     BiasedWeights: "selection_bias takes part in weights",
@@ -301,6 +343,13 @@ ROUTER_BUGS = {
     ReadsValues: "cannot be built on the meta device",
     LostTensor: "keeps shift in no file",
     Hidden: "a copy loaded from the state_dict differs",
+    LeakInSoftmax: "selection_bias takes part in weights",
+    DetachedScores: "the gradient of input 0 is wrong",
+    AveragedScores: "routing depends on",
+    ScoresOfOthers: "scores of chosen experts are lower",
+    Overflowing: "300 times as large",
+    ThreeExperts: "a token uses 3 experts, and experts_per_token is 2",
+    WrongQuantizable: "quantizable of it, a WrongQuantizable, names no tensor: weights",
     WrongName: "names do not tell shapes .*weights_NE: E = 2, but 5",
     InnerRouter: "inner is read and not called",
 }
@@ -322,6 +371,54 @@ def test_an_error_in_a_router_tells_when_it_happened():
     with pytest.raises(RuntimeError, match="amax") as caught:
         check_router(ToyConfig(module=Crowded))
     assert caught.value.__notes__ == ["while it routed 0 tokens in torch.float64"]
+
+
+class NoisyInTraining(ToyRouter):
+    """Noise on the logits in training, its size learned (Shazeer et al. 2017)."""
+
+    def __init__(self, d_model):
+        self.noise = None
+        super().__init__(d_model)
+        self.noise = nn.Parameter(torch.empty(5, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if self.noise is not None:
+            nn.init.zeros_(self.noise)
+
+    def logits(self, x_ND):
+        logits_NE = super().logits(x_ND)
+        if self.training:
+            deviation_NE = nn.functional.softplus(x_ND @ self.noise.T)
+            logits_NE = logits_NE + deviation_NE * torch.randn_like(logits_NE)
+        return logits_NE
+
+
+class Hashing(ToyRouter):
+    """Learns nothing: signs of fixed projections."""
+
+    def __init__(self, d_model):
+        nn.Module.__init__(self)
+        self.selection_bias = None
+        self.register_buffer("planes", torch.empty(2, d_model))
+
+    def forward(self, x_ND):
+        bits_N2 = x_ND.float() @ self.planes.float().T > 0
+        experts_N1 = (bits_N2 * torch.tensor([1, 2])).sum(dim=1, keepdim=True)
+        scores_NE = nn.functional.one_hot(experts_N1[:, 0], 5).float()
+        return Routing(torch.ones(len(x_ND), 1), experts_N1, scores_NE, scores_NE)
+
+
+class NamesOfPapers(ToyRouter):
+    def weigh(self, scores_NE, experts_NK):
+        g_t, h_n = scores_NE, experts_NK
+        return super().weigh(g_t, h_n)
+
+
+@pytest.mark.parametrize("kind", [NoisyInTraining, Hashing, NamesOfPapers])
+def test_what_others_do_in_other_ways_is_no_bug(kind):
+    check_router(ToyConfig(module=kind))
 
 
 # --- experts
@@ -402,6 +499,29 @@ class SlotOrder(ToyExperts):
         return sum(terms, torch.zeros_like(x_D))
 
 
+class Skipping(ToyExperts):
+    def expert(self, e, x_D):
+        return super().expert(e, x_D) * (e != 5)
+
+
+class PositiveOnly(ToyExperts):
+    def add_slots(self, x_D, weights, experts):
+        return super().add_slots(x_D, weights.relu(), experts)
+
+
+class Capped(ToyExperts):
+    """An expert takes sixteen tokens and drops the others."""
+
+    def forward(self, x_ND, routing):
+        E, experts_NK = 6, routing.experts_NK.clone()
+        for expert in range(E):
+            rows, slots = torch.where(experts_NK == expert)
+            experts_NK[rows[16:], slots[16:]] = E
+        return super().forward(
+            x_ND, Routing(routing.weights_NK, experts_NK, routing.scores_NE, routing.logits_NE)
+        )
+
+
 class WrongDtype(ToyExperts):
     def forward(self, x_ND, routing):
         return super().forward(x_ND, routing).float()
@@ -416,6 +536,9 @@ EXPERT_BUGS = {
     DetachedInput: "the gradient of input 0 is wrong",
     FirstTokenAlone: "tokens in another order|by itself gets another output",
     SlotOrder: "not the sum of its slots",
+    Skipping: "expert 5 computes nothing",
+    PositiveOnly: "not linear in the weights",
+    Capped: "sum of its slots|another output",
     WrongDtype: "experts must return .* and not .*float32",
 }
 
@@ -470,6 +593,12 @@ class NoPositions(ToyLayer):
         return super().forward(x_BTD) / (x_BTD.abs().amax() > -1)
 
 
+class SeesFar(ToyLayer):
+    def forward(self, x_BTD):
+        y_BTD = super().forward(x_BTD)
+        return torch.cat([y_BTD[:, :50], -y_BTD[:, 50:]], dim=1)
+
+
 class Dropout(ToyLayer):
     def forward(self, x_BTD):
         return nn.functional.dropout(super().forward(x_BTD))
@@ -485,6 +614,7 @@ LAYER_BUGS = {
     SeesRows: "row 0 by itself gets another output|position 0",
     ReadsWeight: "up is read and not called",
     Widened: "in bfloat16, the layer must return .* and not .*float32",
+    SeesFar: "the last of 70 positions",
     Dropout: "by itself gets another output|differs from the first",
     RoundedGradient: "the gradient of input 0 is wrong",
 }
