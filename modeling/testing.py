@@ -20,11 +20,12 @@ from moe import DenseConfig, record_routing, routers
 from moe.testing import (
     WIDTH,
     build,
+    check_built,
     check_calls,
+    check_copied,
     check_gradients,
     check_names,
     check_output,
-    check_state,
     close,
     expect,
     noise,
@@ -120,6 +121,7 @@ def check_attention(config: Any, d_model: int = WIDTH) -> None:
     """
     attention: Any = build(config, d_model)
     x_BTD = noise(3, LENGTH, d_model)
+    check_built(config, d_model)
     check_outputs(config, d_model)
     check_causal(attention, x_BTD)
     check_rows_are_apart(attention, x_BTD)
@@ -133,7 +135,7 @@ def check_attention(config: Any, d_model: int = WIDTH) -> None:
     check_rollback(attention, noise(3, LONG, d_model))
     check_adapters(config, d_model)
     check_recorded(attention, x_BTD)
-    check_state(config, lambda attention: run_whole(attention, x_BTD), d_model)
+    check_copied(config, lambda attention: run_whole(attention, x_BTD), d_model)
     check_precision(config, d_model)
     check_calls(attention, lambda attention: run_whole(attention, x_BTD))
     check_gradients(attention, run_whole, x_BTD)

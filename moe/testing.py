@@ -192,9 +192,9 @@ def check_names(module: nn.Module, run: Callable[[nn.Module], object]) -> None:
 Run = Callable[[nn.Module], Tensor]  # what a module makes of some fixed input
 
 
-def check_state(config: Any, run: Run, d_model: int = WIDTH) -> None:
-    """All that a module is lies in its state_dict, is drawn by `reset_parameters`, and building it
-    reads no values: so the part can be initialised, saved and loaded."""
+def check_built(config: Any, d_model: int = WIDTH) -> None:
+    """A part is built without reading values, `reset_parameters` draws all of it, and its tensors
+    are in its state_dict: so it can be initialised, saved and loaded."""
     try:
         with torch.device("meta"):
             config.build(d_model)
@@ -203,6 +203,10 @@ def check_state(config: Any, run: Run, d_model: int = WIDTH) -> None:
     for path, module in config.build(d_model).named_modules():
         check_reset(path or "it", module)
         check_tensors_are_saved(path or "it", module)
+
+
+def check_copied(config: Any, run: Run, d_model: int = WIDTH) -> None:
+    """A copy loaded from the state_dict computes the same, and so does a second call."""
     first, second = build(config, d_model), randomize(build(config, d_model), seed=9)
     second.load_state_dict(first.state_dict())
     expected, loaded = run(first), run(second)
@@ -321,13 +325,14 @@ def check_router(config: Any, d_model: int = WIDTH) -> None:
     def run(router: nn.Module, x_ND: Tensor = x_ND) -> Tensor:
         return spread_routing(router(x_ND))
 
+    check_built(config, d_model)
     check_router_contract(config, router)
     check_routings(config, d_model)
     check_order_of_tokens(router, x_ND)
     check_autocast(config, d_model)
     check_selection_bias(router, x_ND)
     check_choice(config, router, noise(40, d_model, seed=2))
-    check_state(config, run, d_model)
+    check_copied(config, run, d_model)
     check_calls(router, run)
     if own_tensors_need_gradients(router, x_ND):
         check_gradients(router, run, x_ND)
@@ -450,7 +455,7 @@ def check_selection_bias(router: nn.Module, x_ND: Tensor) -> None:
         return
     expect(bias_E.shape == (router.num_experts,), f"selection_bias has shape {bias_E.shape}")
     named = "selection_bias" in dict(router.named_buffers(recurse=False))
-    expect(named, "selection_bias is no buffer: it would not be saved")
+    expect(named, "selection_bias is no buffer: an optimizer must not move it")
     told = "selection_bias takes part in weights or scores: gather them from unbiased scores"
     before, kept_E = router(x_ND), bias_E.clone()
     for change_E in (torch.full_like(bias_E, 0.5), 0.02 * noise(len(bias_E), seed=8).to(bias_E)):
@@ -597,6 +602,7 @@ def check_feed_forward(config: Any, d_model: int = WIDTH) -> None:
     def run(module: nn.Module, x_BTD: Tensor = x_BTD) -> Tensor:
         return module(x_BTD)
 
+    check_built(config, d_model)
     for x in (x_BTD, x_BTD[:, :1], x_BTD[:, :0]):
         with noting(f"while it ran on {x.shape[1]} positions"):
             check_output(module(x), x, "the layer must")
@@ -604,7 +610,7 @@ def check_feed_forward(config: Any, d_model: int = WIDTH) -> None:
     check_output(half(x_BTD.bfloat16()), x_BTD.bfloat16(), "in bfloat16, the layer must")
     if not any(getattr(part, "sees_other_tokens", False) for part in module.modules()):
         check_tokens_are_apart(module, x_BTD)
-    check_state(config, run, d_model)
+    check_copied(config, run, d_model)
     check_calls(module, run)
     check_gradients(module, run, x_BTD)
     check_names(module, run)

@@ -205,6 +205,19 @@ class PlainBias(ToyRouter):
         self.selection_bias = torch.zeros(5)
 
 
+class TrainedBias(ToyRouter):
+    """The optimizer would move it, too."""
+
+    def __init__(self, d_model):
+        super().__init__(d_model)
+        del self.selection_bias
+        self.selection_bias = nn.Parameter(torch.zeros(5))
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        nn.init.zeros_(self.selection_bias)
+
+
 class Random(ToyRouter):
     def logits(self, x_ND):
         return super().logits(x_ND) + torch.rand(len(x_ND), 5)
@@ -335,7 +348,8 @@ ROUTER_BUGS = {
     BiasedWeights: "selection_bias takes part in weights",
     ReversedBias: "loses tokens when its selection_bias rises",
     IgnoredBias: "selection_bias changes no choice",
-    PlainBias: "selection_bias is no buffer",
+    PlainBias: "keeps selection_bias in no file",
+    TrainedBias: "selection_bias is no buffer",
     Random: "autocast changes|depends on the order|differs from the first",
     Detached: "the gradient of input 0 is wrong",
     Unused: "no gradient reaches unused",
