@@ -11,7 +11,7 @@ Shapes: B batch, T tokens of all forwards, S positions, H heads, D model width.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,21 +35,27 @@ class RecordedAttention(Recorded[AttentionWeights]):
         padded = [F.pad(weights_BHTS, (0, S - weights_BHTS.shape[-1])) for weights_BHTS in weights]
         with_sinks = [sinks_BHT for sinks_BHT in sinks if sinks_BHT is not None]
         sinks_BHT = torch.cat(with_sinks, dim=2) if with_sinks else None
-        return AttentionWeights(torch.cat(padded, dim=2), sinks_BHT)
+        positions_BT = torch.cat([cast(Tensor, part.positions_BT) for part in parts], dim=1)
+        return AttentionWeights(torch.cat(padded, dim=2), sinks_BHT, positions_BT)
 
     def begin(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
-        """The hook before an attention: ask for its weights.
-
-        The step keeps the question: when activation checkpointing runs the layer again, perhaps
-        after the recording, it must compute what it computed before.
-        """
-        find_step(args, kwargs).shared[AttentionWeights] = []
+        """The hook before an attention: ask for its weights, as other recordings may have done."""
+        shared = find_step(args, kwargs).shared
+        if shared.get(AttentionWeights) != []:
+            shared[AttentionWeights] = []
+        self.asked = shared[AttentionWeights]
 
     def end(
         self, layer: int, attention: nn.Module, args: tuple, kwargs: dict, output: Tensor
     ) -> None:
-        """The hook behind an attention: keep the weights that it reported."""
-        reported = find_step(args, kwargs).shared[AttentionWeights]
+        """The hook behind an attention: keep the weights that it reported.
+
+        Where there are gradients, the step keeps the question: when activation checkpointing runs
+        the layer again, perhaps after the recording, it must compute what it computed before.
+        """
+        reported = list(self.asked)
+        if not output.requires_grad:
+            find_step(args, kwargs).shared.pop(AttentionWeights, None)
         if in_backward():
             return
         if len(reported) == 1:
@@ -117,8 +123,11 @@ def record_attention(model: nn.Module) -> Iterator[RecordedAttention]:
     """Record the weights of every attention, for the length of a `with` block.
 
     {layer: AttentionWeights}: column s of `weights_BHTS` is position s of the row, whatever the
-    cache keeps where; queries that are padding have zeros. The weights come from the plain twin of
-    the attention, beside the fast kernel, so they need memory for B x H x T x S numbers a layer.
+    cache keeps where. Queries stand in the order of the forwards, drafts that were rejected
+    included: `positions_BT` says where each stands. Queries that are padding have zeros.
+
+    The weights come from the plain twin of the attention, beside the fast kernel, so they need
+    memory for B x H x T x S numbers a layer.
     Raises ValueError in a forward for an attention that reports no weights, unless it says that it
     has none.
     """
@@ -143,7 +152,8 @@ def record_states(model: nn.Module) -> Iterator[RecordedStates]:
     """Record the residual stream after every sublayer, for the length of a `with` block.
 
     {layer: LayerStates}: as it enters the layer, after attention, and after the feed-forward layer.
-    `recorded[0].before_BTD` is the embedding.
+    `recorded[0].before_BTD` is the embedding. Padding is recorded too. Of a forward that fails, the
+    layers that ran are recorded.
     """
     recorded, hooks = RecordedStates(), list[RemovableHandle]()
     for module, layer in layer_numbers(model).items():

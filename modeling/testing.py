@@ -49,7 +49,7 @@ from .rope import RopeConfig
 from .step import Step
 
 LENGTH = 6  # positions of most texts that are tried
-LONG = 40  # of one: a window should be shorter, else its end is never seen
+LONG = 70  # of one: a window should be shorter, else its end is never seen
 TOLERANCE = 1e-9
 
 # --- tiny models, of odd widths, so that no two can be mistaken for each other
@@ -121,6 +121,8 @@ def check_attention(config: Any, d_model: int = WIDTH) -> None:
     """
     attention: Any = build(config, d_model)
     x_BTD = noise(3, LENGTH, d_model)
+    what = f"{type(config).__name__} builds a {type(attention).__name__}"
+    expect(hasattr(attention, "make_cache"), f"{what} without make_cache: no attention")
     check_built(config, d_model)
     check_outputs(config, d_model)
     check_causal(attention, x_BTD)
@@ -426,6 +428,8 @@ def check_model(config: ModelConfig) -> None:
 
     It does not take the place of `check_attention` and the others, which look at more.
     """
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"a {type(config).__name__}: the check takes a ModelConfig")
     model, tokens_BT = transformer(config), random_tokens(3, LENGTH, config.vocab_size)
     check_logits(model, tokens_BT)
     check_model_recorded(model, tokens_BT)
@@ -510,6 +514,7 @@ def check_model_recorded(model: Transformer, tokens_BT: Tensor) -> None:
     expect(list(routings) == list(routers(model)), told)
 
 
+@torch.enable_grad()
 def check_training(model: Transformer, tokens_BT: Tensor) -> None:
     """The losses have a gradient for every parameter."""
     model.requires_grad_(True)

@@ -163,6 +163,9 @@ def watch_names(
             found.setdefault(place, set()).update(wrong_shapes(tensors, leading, suffix))
 
     before = sys.getprofile()
+    if before is not None and not callable(before):  # cProfile's cannot be given back
+        yield found
+        return
     sys.setprofile(on_event)
     try:
         yield found
@@ -244,6 +247,7 @@ def check_tensors_are_saved(path: str, module: nn.Module) -> None:
         expect(not unknown, f"{declared} of {what} names no tensor: {', '.join(unknown)}")
 
 
+@torch.enable_grad()
 def check_gradients(module: nn.Module, run: Callable[..., Tensor], *inputs: Tensor) -> None:
     """The gradients of `run(module, *inputs)` are those of finite differences, in float64.
 
@@ -287,6 +291,7 @@ def find_gradients(total: Tensor, named: dict[str, Tensor]) -> dict[str, Any]:
     return dict(zip(named, found, strict=True))
 
 
+@torch.enable_grad()
 def check_calls(module: nn.Module, run: Run) -> None:
     """Every submodule whose parameters matter is called, so adapters and hooks on it act."""
     module.requires_grad_(True)
@@ -417,6 +422,7 @@ def check_choice(config: Any, router: Any, x_ND: Tensor) -> None:
         router.selection_bias = bias_E
 
 
+@torch.enable_grad()
 def own_tensors_need_gradients(router: nn.Module, x_ND: Tensor) -> bool:
     """False for a router that learns nothing, like one that hashes: without parameters, and with a
     routing that does not depend on the states smoothly."""
@@ -524,6 +530,7 @@ def reweigh(routing: Routing, weights_NK: Tensor) -> Routing:
 
 def check_output(y: Tensor, x: Tensor, what: str) -> None:
     """An output has the shape and dtype of its input."""
+    expect(isinstance(y, Tensor), f"{what} return a tensor, and not a {type(y).__name__}")
     found, expected = (tuple(y.shape), y.dtype), (tuple(x.shape), x.dtype)
     expect(found == expected, f"{what} return {expected}, and not {found}")
     expect(y.isfinite().all(), f"{what} return finite values")
@@ -603,9 +610,11 @@ def check_feed_forward(config: Any, d_model: int = WIDTH) -> None:
         return module(x_BTD)
 
     check_built(config, d_model)
+    kept_BTD = x_BTD.clone()
     for x in (x_BTD, x_BTD[:, :1], x_BTD[:, :0]):
         with noting(f"while it ran on {x.shape[1]} positions"):
             check_output(module(x), x, "the layer must")
+    expect(x_BTD.equal(kept_BTD), "the layer writes into its input")
     half = build(config, d_model, torch.bfloat16)
     check_output(half(x_BTD.bfloat16()), x_BTD.bfloat16(), "in bfloat16, the layer must")
     if not any(getattr(part, "sees_other_tokens", False) for part in module.modules()):

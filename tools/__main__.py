@@ -72,6 +72,9 @@ def make_parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if sys.stdout is None:
+        print("error: stdout is closed, and the answer would be lost", file=sys.stderr)
+        return 2
     args = make_parser().parse_args(arguments)
     warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
     try:

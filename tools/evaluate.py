@@ -227,6 +227,7 @@ class ExpertUse:
 
     @property
     def load_E(self) -> Tensor:
+        """Zeros where no position counts."""
         return self.counts_E.double() * len(self.counts_E) / self.counts_E.sum().clamp(min=1)
 
 
@@ -377,8 +378,8 @@ def summarize(measures: Measures, model: Transformer, num_bytes: int) -> dict[st
 
 def summarize_experts(use: ExpertUse) -> dict[str, Any]:
     return {
-        "least_load": use.load_E.min().item(),
-        "greatest_load": use.load_E.max().item(),
+        "least_load": use.load_E.min().item() if use.counts_E.any() else None,
+        "greatest_load": use.load_E.max().item() if use.counts_E.any() else None,
         "entropy_bits": use.entropy.value,
         "margin": use.margin.value,
         "load": use.load_E.tolist(),
@@ -423,9 +424,11 @@ def list_figures(column: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def format_router(router: dict[str, Any]) -> str:
-    loads = f"{router['least_load']:>10.3f}{router['greatest_load']:>9.3f}"
+    least, greatest = (
+        format_figure(router[f"{name}_load"], ".3f") for name in ("least", "greatest")
+    )
     entropy = format_figure(router["entropy_bits"], ".3f")
-    return f"{loads}{entropy:>8}{format_figure(router['margin'], '.4f'):>9}"
+    return f"{least:>10}{greatest:>9}{entropy:>8}{format_figure(router['margin'], '.4f'):>9}"
 
 
 def format_figure(figure: float | None, form: str) -> str:

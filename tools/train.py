@@ -23,6 +23,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,10 +45,12 @@ from .generate import find_device
 from .held_out import estimate_bits_per_byte, measure_held_out
 from .training_state import (
     Run,
+    check_tokens,
     find_checkpoints,
     find_step,
     flag_of,
     hash_contents,
+    hash_tokens,
     load_start_weights,
     make_tokenizer,
     restore_checkpoint,
@@ -158,6 +161,9 @@ def run(args: argparse.Namespace) -> int:
     model, stored_dtypes = prepare_model(args, device)
     args.out.mkdir(parents=True, exist_ok=True)
     packed, held_out_N = prepare_tokens(args, *parts, model.config.vocab_size)
+    described = replace(described, tokens=hash_tokens(packed[0]))
+    if newest is not None:
+        check_tokens(newest, described)
     held_out = held_out_N.to(device), len(parts[1].encode())
     optimizer = make_optimizer(model, args.weight_decay)
     if newest is not None:
@@ -293,7 +299,7 @@ def prepare_tokens(
     too few tokens are held out.
     """
     if args.start_from is None:
-        tokenizer = make_tokenizer(args.out, training_text, vocab_size)
+        tokenizer = make_tokenizer(args.out, training_text, vocab_size, args.resume)
     else:
         tokenizer = load_tokenizer(args.start_from)
     packed = pack_documents(tokenizer, training_text)

@@ -44,12 +44,17 @@ class Run:
 
     settings: those that must not change. contents: a hash for each option that names a file or a
     directory. schedule: the step at which the learning rate starts to fall, and that at which the
-    run ends.
+    run ends. tokens: a hash of the training text's tokens, which tells of another tokenizer.
     """
 
     settings: dict[str, Any]
     contents: dict[str, str | None]
     schedule: tuple[int, int]
+    tokens: str = ""
+
+
+def hash_tokens(tokens_N: Tensor) -> str:
+    return sha256(tokens_N.numpy().tobytes()).hexdigest()
 
 
 def hash_contents(text: str, config: Path, start: Path | None) -> dict[str, str | None]:
@@ -157,6 +162,16 @@ def find_step(checkpoint: Path, run: Run) -> int:
     return step
 
 
+def check_tokens(checkpoint: Path, run: Run) -> None:
+    """Raise ValueError if the tokenizer gives other tokens than when the checkpoint was made."""
+    saved = json.loads((checkpoint / "training.json").read_text())
+    if saved["tokens"] != run.tokens:
+        raise ValueError(
+            f"{checkpoint}: the tokenizer gives other tokens than before: give the one that the "
+            "run began with, or begin another run in another --out"
+        )
+
+
 def flag_of(name: str) -> str:
     """The option that sets an argument of this name."""
     return "--" + name.replace("_", "-")
@@ -178,10 +193,10 @@ def restore_checkpoint(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def make_tokenizer(out: Path, text: str, num_pieces: int) -> Tokenizer:
-    """The run's tokenizer; it is trained on `text` when the run starts for the first time."""
+def make_tokenizer(out: Path, text: str, num_pieces: int, resumed: bool) -> Tokenizer:
+    """The run's tokenizer; it is trained on `text` unless a run is resumed."""
     path = out / "tokenizer.model"
-    if not path.exists():
+    if not (resumed and path.exists()):
         partial = path.with_suffix(".partial")
         partial.write_bytes(train_vocabulary(text, num_pieces))
         # the text is one long stream: no sequence in it starts with a BOS token

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe import exact_products
+
 from ..step import Step
 from .weights import AttentionWeights, is_recorded, report_weights
 
@@ -41,7 +43,8 @@ def attention_weights(
     (B, H, T, _), J = q_BHTP.shape, k_BJSP.shape[1]
     wide = torch.promote_types(q_BHTP.dtype, torch.float32)
     k_BHSP = k_BJSP.repeat_interleave(H // J, dim=1)
-    scores_BHTS = scale * (q_BHTP.to(wide) @ k_BHSP.to(wide).transpose(-1, -2))
+    with exact_products(q_BHTP.device.type):
+        scores_BHTS = scale * (q_BHTP.to(wide) @ k_BHSP.to(wide).transpose(-1, -2))
     scores_BHTS = scores_BHTS.where(mask_keys(step, keys_BS, window), -torch.inf)
     if sinks_H is None:
         return AttentionWeights(scores_BHTS.softmax(dim=-1))

@@ -18,6 +18,7 @@ class AttentionWeights:
 
     weights_BHTS: Tensor  # float32 at least
     sinks_BHT: Tensor | None = None  # the share of each head's sink; None: there are none
+    positions_BT: Tensor | None = None  # of the queries, -1 for padding; set in what is recorded
 
 
 def is_recorded(step: Step) -> bool:
@@ -46,4 +47,5 @@ def report_weights(step: Step, weights: AttentionWeights, keys_BS: Tensor | None
     if num_positions:
         placed_BHTS = placed_BHTS.scatter_add(-1, index_BHTS, shown_BHTS)
     sinks_BHT = None if weights.sinks_BHT is None else weights.sinks_BHT.where(real_B1T, 0)
-    step.shared[AttentionWeights].append(AttentionWeights(placed_BHTS, sinks_BHT))
+    shown_BT = positions_BT.where(real_BT, -1)
+    step.shared[AttentionWeights].append(AttentionWeights(placed_BHTS, sinks_BHT, shown_BT))

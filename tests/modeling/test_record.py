@@ -156,6 +156,43 @@ def test_recording_changes_no_result_and_leaves_nothing_behind():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_where_each_query_stands_is_recorded():
+    model = MODELS["gqa"]
+    cache = model.make_cache(2, 9)
+    with record_attention(model) as recorded:
+        model.hidden_states(random_tokens(2, 3), cache, [3, 1])
+        model.hidden_states(random_tokens(2, 2), cache, [0, 2])
+    assert recorded[1].positions_BT.tolist() == [[0, 1, 2, -1, -1], [0, -1, -1, 1, 2]]
+
+
+def test_one_layer_can_be_recorded_alone_and_others_compute_no_weights(monkeypatch):
+    model, made = MODELS["gqa"], []
+    twin = dot_product.attention_weights
+    monkeypatch.setattr(
+        dot_product, "attention_weights", lambda *args: made.append(1) or twin(*args)
+    )
+    with record_attention(model.layers[0]) as first, record_attention(model) as all_layers:
+        model(random_tokens(1, 4))
+    assert len(made) == 3
+    with record_attention(model.layers[0]) as alone:
+        model(random_tokens(1, 4))
+    assert len(made) == 4
+    close(alone[0].weights_BHTS, first[0].weights_BHTS)
+    close(all_layers[0].weights_BHTS, first[0].weights_BHTS)
+
+
+@every_model
+def test_autocast_leaves_recorded_weights_wide(model):
+    model = transformer(model.config, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), record_attention(model) as recorded:
+        model(random_tokens(2, 5))
+    for weights in recorded.values():
+        sinks = 0 if weights.sinks_BHT is None else weights.sinks_BHT
+        total_BHT = weights.weights_BHTS.sum(dim=-1) + sinks
+        assert total_BHT.dtype == torch.float32
+        close(total_BHT, torch.ones_like(total_BHT), 1e-6)
+
+
 def test_blocks_within_blocks_record_alike():
     model, tokens_BT = MODELS["windows and sinks"], random_tokens(2, 7)
     with record_attention(model) as outer, record_states(model) as outer_states:

@@ -439,7 +439,7 @@ BUGS = {
     WrongOutputs: "residual_outputs of it, a WrongOutputs, names no tensor: out.weight",
     InPlace: "it writes into its input",
     HalvedInFloat32: "outputs in float32 differ from those in float64 by",
-    FarMask: "a text of 40 positions",
+    FarMask: "a text of 70 positions",
     LeftInStep: "a layer gives another output behind one like it",
     FarRollback: "cannot be truncated|goes on differently",
     CutsTooFar: "cut back to 1, with a rollback of 0, a row goes on differently",
@@ -473,6 +473,13 @@ def test_an_error_in_an_attention_tells_when_it_happened():
     assert caught.value.__notes__ == [
         "while it ran on 0 new positions (there may be none) in torch.float64"
     ]
+
+
+def test_what_is_no_attention_or_no_model_is_told():
+    with pytest.raises(AssertionError, match="ToyConfig builds a ToyLayer without make_cache"):
+        check_attention(ToyConfig(module=ToyLayer))
+    with pytest.raises(TypeError, match="a ToyConfig: the check takes a ModelConfig"):
+        check_model(ToyConfig(module=ToyLayer))
 
 
 # --- models

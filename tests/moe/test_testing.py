@@ -613,6 +613,13 @@ class SeesFar(ToyLayer):
         return torch.cat([y_BTD[:, :50], -y_BTD[:, 50:]], dim=1)
 
 
+class WritesIntoInput(ToyLayer):
+    def forward(self, x_BTD):
+        with torch.no_grad():
+            x_BTD.clamp_(-1, 1)
+        return super().forward(x_BTD)
+
+
 class Dropout(ToyLayer):
     def forward(self, x_BTD):
         return nn.functional.dropout(super().forward(x_BTD))
@@ -628,6 +635,7 @@ LAYER_BUGS = {
     SeesRows: "row 0 by itself gets another output|position 0",
     ReadsWeight: "up is read and not called",
     Widened: "in bfloat16, the layer must return .* and not .*float32",
+    WritesIntoInput: "the layer writes into its input",
     SeesFar: "the last of 70 positions",
     Dropout: "by itself gets another output|differs from the first",
     RoundedGradient: "the gradient of input 0 is wrong",
@@ -700,6 +708,8 @@ def test_a_module_in_the_place_of_its_config_is_told():
     for check in (check_router, check_feed_forward):
         with pytest.raises(TypeError, match="a ToyRouter: the check takes a config"):
             check(ToyRouter(12))
+    with pytest.raises(AssertionError, match="must return a tensor, and not a Routing"):
+        check_feed_forward(ToyConfig(module=ToyRouter))
 
 
 # --- what tests are made of
@@ -745,6 +755,19 @@ def test_tiny_configs_take_fields_of_the_layer_and_of_its_router():
     changed = tiny_moe(num_experts=4, num_groups=2, top_k=1, expert_width=3)
     assert (changed.router.num_experts, changed.router.top_k, changed.expert_width) == (4, 1, 3)
     assert tiny_moe(router=ROUTERS["top-p"]).router is ROUTERS["top-p"]
+
+
+def test_under_a_profiler_that_cannot_be_given_back_names_are_not_watched():
+    import cProfile
+
+    with cProfile.Profile():
+        check_router(ToyConfig(module=WrongName))
+
+
+def test_what_is_checked_needs_no_gradients_of_the_caller():
+    with torch.no_grad():
+        check_router(ToyConfig(module=ToyRouter))
+        check_feed_forward(ToyConfig(module=ToyLayer))
 
 
 def test_the_profiler_of_others_is_given_back():

@@ -279,6 +279,20 @@ def test_a_run_knows_what_it_began_with_by_its_contents(paths, base, tmp_path, c
     refused("with other contents of --start-from", "text.txt.xz", *moved[:2])
 
 
+def test_another_tokenizer_is_noticed(paths, capsys):
+    """By its tokens, when a run is resumed; a run that begins again trains its own."""
+    assert train(paths, "tokens", steps=2) == 0
+    model = paths / "tokens" / "tokenizer.model"
+    own, other = model.read_bytes(), corpus.train_vocabulary("other words " * 50, 270)
+    model.write_bytes(other)
+    capsys.readouterr()
+    assert train(paths, "tokens", "--resume", steps=4) == 2
+    assert "step-2: the tokenizer gives other tokens than before" in capsys.readouterr().err
+    shutil.rmtree(paths / "tokens" / "step-2")
+    assert train(paths, "tokens", steps=2) == 0
+    assert model.read_bytes() == own
+
+
 def test_weights_to_start_from_are_not_those_of_a_run_without(paths, base, capsys):
     assert train(paths, "from nothing", steps=2) == 0
     more = ("--start-from", str(base), "--config", str(paths / "config.json"), "--resume")

@@ -7,8 +7,8 @@
     Standardized  loss 2.56, greatest load 1.5
     Standardized  loss 2.58, greatest load 1.6
 
-Every expert's logits get mean 0 and deviation 1 over the tokens. So experts share the work (load 4:
-all tokens use the same two), but a token's experts depend on others: `generate` refuses the model.
+An expert's logits get mean 0 and deviation 1 over the tokens, so experts share the work (4: all use
+the same two). A token's experts depend on later ones: that may help, and `generate` refuses it.
 """
 
 from dataclasses import dataclass
