@@ -249,6 +249,10 @@ def draw_pictures(
             shown = labels[: seen.attention.weights_BHTS.shape[2]]
             of_layer = f"{subject}, {seen.layer}"
             pictures["attention"] = draw.draw_attention(of_layer, shown, weights, sinks)
+        for name in ("experts", "load", "attention"):
+            if name not in pictures and (folder / f"{name}.png").exists():
+                problem = f"{name}.png was there before and is not of this model"
+                warnings.warn(f"{folder}: {problem}", stacklevel=2)
         ends = [min(piece.count("\n"), 2) for piece in pieces]  # more empty lines than one: one
         pictures["surprise"] = draw.draw_surprise(subject, labels, ends, seen.bits_n.tolist())
         return draw.write_figures(folder, pictures)

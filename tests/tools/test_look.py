@@ -341,6 +341,16 @@ def test_a_model_without_sparse_layers_has_fewer_pictures():
         make_figures(transformer(dense), ["a", " b"])
 
 
+def test_pictures_of_another_model_that_stay_are_named(look, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "experts.png").write_bytes(b"of another model")
+    code, out, err = look(SHIPPED, "Once upon a time", "--layers", "1")  # a dense one
+    assert code == 0
+    assert "experts.png was there before and is not of this model" in err
+    assert "load.png was" not in err
+    assert "experts.png" not in out
+
+
 def test_characters_that_the_font_lacks_come_from_other_fonts():
     assert draw.find_fonts(set("aβ")) == ([draw.FONT], set())
     families, missing = draw.find_fonts({"a", "\U0001d49c", "漢"})  # a script letter of mathematics
