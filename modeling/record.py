@@ -8,10 +8,11 @@ that are there before the recording begins show in it.
 Shapes: B batch, T tokens of all forwards, S positions, H heads, D model width.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,38 @@ from .attention.weights import AttentionWeights
 from .model import Block
 from .step import Step
 
+Part = TypeVar("Part")
 
-class RecordedAttention(Recorded[AttentionWeights]):
+
+class RecordedLayers(Recorded[Part]):
+    """What the layers of one model did. `modules`: {layer number: the module that was recorded}."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modules: dict[int, nn.Module] = {}
+        self.gradients: dict[int, bool] = {}  # whether what was kept last has one
+
+    def keep(self, layer: int, module: nn.Module, part: Part, has_gradient: bool) -> None:
+        """Keep what a module did in a forward; not when a backward runs it again.
+
+        Raises ValueError if another module was recorded under this number.
+        """
+        if in_backward():
+            self.tell_lost_gradient(layer)
+            return
+        if self.modules.setdefault(layer, module) is not module:
+            raise ValueError(f"two modules ran as layer {layer}: record one model at a time")
+        self.gradients[layer] = has_gradient
+        self.parts.setdefault(layer, []).append(part)
+
+    def tell_lost_gradient(self, layer: int) -> None:
+        """Warn, in a backward through a layer, if what was recorded there has no gradient."""
+        if not self.gradients.get(layer, True):
+            problem = "under reentrant checkpointing, what is recorded has no gradient"
+            warnings.warn(f"{problem}: checkpoint with use_reentrant=False", stacklevel=2)
+
+
+class RecordedAttention(RecordedLayers[AttentionWeights]):
     """{layer number: AttentionWeights}."""
 
     def join(self, parts: list[AttentionWeights]) -> AttentionWeights:
@@ -56,10 +87,9 @@ class RecordedAttention(Recorded[AttentionWeights]):
         reported = list(self.asked)
         if not output.requires_grad:
             find_step(args, kwargs).shared.pop(AttentionWeights, None)
-        if in_backward():
-            return
         if len(reported) == 1:
-            self.parts.setdefault(layer, []).append(reported[0])
+            weights = reported[0]
+            self.keep(layer, attention, weights, weights.weights_BHTS.requires_grad)
         elif reported or getattr(attention, "has_attention_weights", True):
             raise ValueError(
                 f"the attention of layer {layer}, a {type(attention).__name__}, reported weights "
@@ -76,7 +106,7 @@ class LayerStates(NamedTuple):
     after_BTD: Tensor  # after the feed-forward layer: what enters the next one
 
 
-class RecordedStates(Recorded[LayerStates]):
+class RecordedStates(RecordedLayers[LayerStates]):
     """{layer number: LayerStates}."""
 
     def join(self, parts: list[LayerStates]) -> LayerStates:
@@ -90,18 +120,19 @@ class RecordedStates(Recorded[LayerStates]):
         def begin(module: nn.Module, inputs: tuple) -> None:
             states[:] = [inputs[0]]
 
-        def keep(module: nn.Module, inputs: tuple) -> None:
+        def pass_between(module: nn.Module, inputs: tuple) -> None:
             states.append(inputs[0])
+            if in_backward():
+                self.tell_lost_gradient(layer)
 
         def end(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             before_BTD, between_BTD = states
-            if not in_backward():
-                made = LayerStates(before_BTD, between_BTD, output)
-                self.parts.setdefault(layer, []).append(made)
+            made = LayerStates(before_BTD, between_BTD, output)
+            self.keep(layer, block, made, between_BTD.requires_grad)
 
         return [
             block.register_forward_pre_hook(begin),
-            block.feed_forward_norm.register_forward_pre_hook(keep),
+            block.feed_forward_norm.register_forward_pre_hook(pass_between),
             block.register_forward_hook(end),
         ]
 

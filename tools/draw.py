@@ -411,6 +411,9 @@ def name_tokens(
 def write_figures(folder: Path, figures: Mapping[str, Figure]) -> list[Path]:
     """Write NAME.png of each name into a folder, which it makes: all, or none on an error."""
     images = {f"{name}.png": encode_png(figure) for name, figure in figures.items()}
+    for name in images:
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name}: a directory stands where a picture must be written")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".look-", dir=folder) as scratch:
         for name, image in images.items():

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     window, stride = choose_windows(args, config.max_length)
     texts = [read_tokens(tokenizer, path, args.max_tokens) for path in args.text]
     model = load_requested_model(args)
-    depths = choose_depths(model, args.draft_tokens)
+    depths = choose_depths(model, args.draft_tokens, window)
     columns = []
     for path, (tokens_N, num_bytes) in zip(args.text, texts, strict=True):
         measures = measure_text(model, tokens_N, window, stride, depths)
@@ -155,10 +155,11 @@ def read_tokens(tokenizer: Tokenizer, path: Path, max_tokens: int | None) -> tup
     return torch.tensor(ids), len(text.encode())
 
 
-def choose_depths(model: Transformer, requested: int | None) -> int:
+def choose_depths(model: Transformer, requested: int | None, window: int) -> int:
     """The number of draft depths; ValueError if the model cannot draft as requested."""
-    if requested is not None and requested < 0:
-        raise ValueError(f"--draft-tokens {requested}: must be >= 0")
+    if requested is not None and not 0 <= requested <= window - 2:
+        rule = f"must be from 0 to {window - 2}, the deepest in a window of {window} tokens"
+        raise ValueError(f"--draft-tokens {requested}: {rule}")
     if requested and not model.mtp:
         raise ValueError(f"--draft-tokens {requested}: no MTP modules are loaded")
     if path := find_non_causal(model):

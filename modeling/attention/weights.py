@@ -41,7 +41,10 @@ def report_weights(step: Step, weights: AttentionWeights, keys_BS: Tensor | None
     num_positions = int(positions_BT[real_BT].max()) + 1 if real_BT.any() else 0
     keys_BS = step.positions_BT if keys_BS is None else keys_BS
     real_B1T, used_B1S = real_BT[:, None], (keys_BS >= 0) & (keys_BS < num_positions)
-    shown_BHTS = weights.weights_BHTS.where(real_B1T[..., None] & used_B1S[:, None, None], 0)
+    wide = torch.promote_types(weights.weights_BHTS.dtype, torch.float32)
+    shown_BHTS = weights.weights_BHTS.to(wide).where(
+        real_B1T[..., None] & used_B1S[:, None, None], 0
+    )
     index_BHTS = keys_BS.clamp(0, max(0, num_positions - 1))[:, None, None].expand_as(shown_BHTS)
     placed_BHTS = shown_BHTS.new_zeros(B, H, T, num_positions)
     if num_positions:

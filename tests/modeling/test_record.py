@@ -288,6 +288,7 @@ def test_an_intervention_shows_in_what_is_recorded():
     assert recorded[0].between_BTD.equal(recorded[0].before_BTD)
 
 
+@pytest.mark.filterwarnings("ignore:under reentrant")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers_are_recorded_once_and_gradients_flow_through(reentrant):
     model = transformer(model_config(mla())).requires_grad_(True)
@@ -304,6 +305,25 @@ def test_checkpointed_layers_are_recorded_once_and_gradients_flow_through(reentr
             logits_BTV = model(random_tokens(2, 5))
         (attention[1].weights_BHTS[..., 0].sum() + 0 * logits_BTV.sum()).backward()
         assert model.layers[0].attention.o.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("record", [record_attention, record_states])
+def test_a_record_without_gradient_under_reentrant_checkpointing_is_told(record):
+    model = transformer(model_config(gqa())).requires_grad_(True)
+    for layer in model.layers:
+        inner = layer.forward
+        layer.forward = lambda *args, inner=inner: checkpoint(inner, *args, use_reentrant=True)
+    with pytest.warns(UserWarning, match="what is recorded has no gradient"), record(model):
+        model(random_tokens(1, 4)).sum().backward()
+
+
+@pytest.mark.parametrize("record", [record_attention, record_states])
+def test_two_models_in_one_record_are_refused(record):
+    models = nn.ModuleList([transformer(model_config(gqa())), transformer(model_config(gqa()))])
+    with record(models):
+        models[0](random_tokens(1, 4))
+        with pytest.raises(ValueError, match="two modules ran as layer 0: record one model at a"):
+            models[1](random_tokens(1, 4))
 
 
 def test_bfloat16_weights_are_recorded_in_float32():

@@ -333,9 +333,9 @@ def test_where_experts_choose_tokens_there_are_no_margins_and_no_drafts():
     assert [router["margin"] for router in figures["routers"]] == [None, None]
     assert [router["mtp_depth"] for router in figures["routers"]] == [0, 1]
     with pytest.warns(UserWarning, match="router routes each token by later ones too"):
-        assert choose_depths(model, None) == 1
+        assert choose_depths(model, None, 64) == 1
     with pytest.raises(ValueError, match="--draft-tokens 2: .* such a model cannot draft"):
-        choose_depths(model, 2)
+        choose_depths(model, 2, 64)
 
 
 def routed(config: TopK, scores: list[float], bias: list[float] | None = None) -> float:
@@ -505,7 +505,7 @@ def test_the_help_says_what_every_figure_means(capsys):
         (b"Once", ("--window", 9, "--stride", 10), "--stride 10: must be from 1 to 8"),
         (b"Once", ("--window", 9, "--stride", 9), "--stride 9: must be from 1 to 8"),
         (b"Once", ("--stride", 0), "--stride 0: must be from 1 to 255"),
-        (b"Once", ("--draft-tokens", -1), "--draft-tokens -1: must be >= 0"),
+        (b"Once", ("--draft-tokens", -1), "--draft-tokens -1: must be from 0 to 254"),
         (b"Once", ("--layers", 2, "--draft-tokens", 1), "no MTP modules are loaded"),
         (b"Once", ("--device", "abacus"), "--device abacus"),
     ],
