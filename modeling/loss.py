@@ -90,7 +90,8 @@ def mtp_loss(
 ) -> Tensor:
     """sum_k weight_k * cross-entropy of depth k (DeepSeek-V3, equations 24 and 25).
 
-    depth_states: of `Transformer.mtp_hidden_states` for tokens_BT; heads: `Transformer.mtp_heads`.
+    depth_states: `model.mtp_hidden_states(states, tokens_BT)`, where states are those of
+    `model.hidden_states(tokens_BT)`; heads: `model.mtp_heads`.
     The paper's lambda / D is depth_weights = [lambda / D] * D. mask_BT, documents_BT: as in
     `next_token_loss`.
     0 without depths. Raises ValueError unless there is one weight per depth.

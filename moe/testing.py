@@ -339,7 +339,7 @@ def check_router(config: Any, d_model: int = WIDTH) -> None:
     check_choice(config, router, noise(40, d_model, seed=2))
     check_copied(config, run, d_model)
     check_calls(router, run)
-    if own_tensors_need_gradients(router, x_ND):
+    if has_gradients(router, x_ND):
         check_gradients(router, run, x_ND)
     check_names(router, run)
 
@@ -423,9 +423,9 @@ def check_choice(config: Any, router: Any, x_ND: Tensor) -> None:
 
 
 @torch.enable_grad()
-def own_tensors_need_gradients(router: nn.Module, x_ND: Tensor) -> bool:
-    """False for a router that learns nothing, like one that hashes: without parameters, and with a
-    routing that does not depend on the states smoothly."""
+def has_gradients(router: nn.Module, x_ND: Tensor) -> bool:
+    """Whether there is anything to learn: not where a router hashes, without parameters, and its
+    routing is constant around each state."""
     routed = spread_routing(router(x_ND.clone().requires_grad_(True)))
     return routed.requires_grad or any(True for _ in router.parameters())
 
