@@ -161,4 +161,5 @@ def expand_rule(rule: Rule, shapes: Mapping[str, Shape], config: ModelConfig) ->
 
 
 def compute_packed_shape(pattern: str, ours: tuple[str, ...], shapes: Mapping[str, Shape]) -> Shape:
-    return tuple(pack(pattern, torch.empty(len(ours), *shapes[ours[0]], device="meta")).shape)
+    (shape,) = {shapes[name] for name in ours}  # what is stacked is alike
+    return tuple(pack(pattern, torch.empty(len(ours), *shape, device="meta")).shape)

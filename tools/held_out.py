@@ -42,11 +42,6 @@ def measure_held_out(model: Transformer, tokens_N: Tensor, num_bytes: int) -> di
     return report
 
 
-def measure_bits_per_byte(model: Transformer, tokens_N: Tensor, num_bytes: int) -> float:
-    """-log2 of the probability of the text, divided by its bytes, as `evaluate` defines it."""
-    return measure_without_overlap(model, tokens_N).bits_per_byte(num_bytes)
-
-
 def measure_without_overlap(model: Transformer, tokens_N: Tensor) -> Measures:
     """Read windows of the model's maximal length, without context before a window."""
     length = model.config.max_length
@@ -57,7 +52,7 @@ def measure_without_overlap(model: Transformer, tokens_N: Tensor) -> Measures:
 def estimate_bits_per_byte(
     model: Transformer, tokens_N: Tensor, num_bytes: int, length: int
 ) -> float:
-    """What `measure_bits_per_byte` measures, from at most 16 evenly spaced pieces of the text.
+    """The bits per byte of `measure_held_out`, from at most 16 evenly spaced pieces of the text.
 
     length: tokens of a piece. The bytes that the pieces stand for are their share of the tokens.
     The model is in eval mode meanwhile.

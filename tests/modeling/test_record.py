@@ -288,13 +288,17 @@ def test_an_intervention_shows_in_what_is_recorded():
     assert recorded[0].between_BTD.equal(recorded[0].before_BTD)
 
 
+def checkpoint_layers(model, reentrant):
+    for layer in model.layers:
+        inner = layer.forward
+        layer.forward = lambda *args, inner=inner: checkpoint(inner, *args, use_reentrant=reentrant)
+
+
 @pytest.mark.filterwarnings("ignore:under reentrant")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers_are_recorded_once_and_gradients_flow_through(reentrant):
     model = transformer(model_config(mla())).requires_grad_(True)
-    for layer in model.layers:
-        inner = layer.forward
-        layer.forward = lambda *args, inner=inner: checkpoint(inner, *args, use_reentrant=reentrant)
+    checkpoint_layers(model, reentrant)
     with record_attention(model) as attention, record_states(model) as states:
         model(random_tokens(2, 5)).square().mean().backward()
     assert attention[0].weights_BHTS.shape == (2, 3, 5, 5)
@@ -310,9 +314,7 @@ def test_checkpointed_layers_are_recorded_once_and_gradients_flow_through(reentr
 @pytest.mark.parametrize("record", [record_attention, record_states])
 def test_a_record_without_gradient_under_reentrant_checkpointing_is_told(record):
     model = transformer(model_config(gqa())).requires_grad_(True)
-    for layer in model.layers:
-        inner = layer.forward
-        layer.forward = lambda *args, inner=inner: checkpoint(inner, *args, use_reentrant=True)
+    checkpoint_layers(model, reentrant=True)
     with pytest.warns(UserWarning, match="what is recorded has no gradient"), record(model):
         model(random_tokens(1, 4)).sum().backward()
 

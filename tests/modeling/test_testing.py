@@ -6,14 +6,14 @@ or of its cache, overridden.
 Shapes: B batch, T positions, S keys, D model width, V vocabulary.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from outside import CosineRouterConfig, DecayConfig, SquaredConfig
 from tiny import VARIED, YARN
 from torch import nn
+from toys import ToyConfig, ToyLayer
 
 from modeling import (
     AttentionWeights,
@@ -34,17 +34,7 @@ from modeling.testing import (
     tiny_rope,
     transformer,
 )
-from moe import Config, ExpertChoice, MoEConfig, TopP
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyConfig(Config):
-    """Builds the module of a class, right or wrong."""
-
-    module: Any
-
-    def build(self, d_model):
-        return self.module(d_model)
+from moe import ExpertChoice, MoEConfig, TopP
 
 
 class ToyAttention(nn.Module):
@@ -148,14 +138,16 @@ class StateInLayer(ToyAttention):
 class SmallRollback(ToyAttention):
     """A window whose cache forgets what a cut would need."""
 
+    window = 3
+
     def make_cache(self, batch_size, max_length, rollback=0):
         D = self.q.in_features
-        cache = WindowCache(batch_size, max_length, [D, D], window=3, rollback=0)
+        cache = WindowCache(batch_size, max_length, [D, D], self.window, rollback=0)
         cache.rollback = rollback
         return cache
 
     def see(self, queries_BT1, keys_B1S):
-        return super().see(queries_BT1, keys_B1S) & (keys_B1S > queries_BT1 - 3)
+        return super().see(queries_BT1, keys_B1S) & (keys_B1S > queries_BT1 - self.window)
 
 
 class SmallWindow(SmallRollback):
@@ -291,17 +283,8 @@ class TwoMaps(ToyAttention):
         super().report(step, 2 * weights_BTS - weights_BTS.flip(-1).tril(), keys_BS)
 
 
-class FarRollback(ToyAttention):
-    """A window of ten whose cache forgets what a cut would need."""
-
-    def make_cache(self, batch_size, max_length, rollback=0):
-        D = self.q.in_features
-        cache = WindowCache(batch_size, max_length, [D, D], window=10, rollback=0)
-        cache.rollback = rollback
-        return cache
-
-    def see(self, queries_BT1, keys_B1S):
-        return super().see(queries_BT1, keys_B1S) & (keys_B1S > queries_BT1 - 10)
+class FarRollback(SmallRollback):
+    window = 10
 
 
 class NoFloors(WindowCache):
@@ -314,7 +297,7 @@ class NoFloors(WindowCache):
 class CutsTooFar(FarRollback):
     def make_cache(self, batch_size, max_length, rollback=0):
         D = self.q.in_features
-        return NoFloors(batch_size, max_length, [D, D], window=10, rollback=rollback)
+        return NoFloors(batch_size, max_length, [D, D], self.window, rollback)
 
 
 class NotANumberInTraining(ToyAttention):
@@ -483,15 +466,6 @@ def test_what_is_no_attention_or_no_model_is_told():
 
 
 # --- models
-
-
-class ToyLayer(nn.Module):
-    def __init__(self, d_model):
-        super().__init__()
-        self.up, self.down = nn.Linear(d_model, 7), nn.Linear(7, d_model)
-
-    def forward(self, x_BTD):
-        return self.down(torch.tanh(self.up(x_BTD)))
 
 
 class SeesLater(ToyLayer):

@@ -5,18 +5,16 @@ A toy reads like the papers and is right; every bug is one method of it, overrid
 Shapes: N tokens, D model width, E experts, K slots of a token, B batch, T positions.
 """
 
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from outside import CosineRouterConfig, SquaredConfig
 from torch import nn
+from toys import ToyConfig, ToyLayer
 
 from moe import (
     Clamp,
-    Config,
     DenseConfig,
     ExpertChoice,
     Experts,
@@ -38,19 +36,6 @@ from moe.testing import (
     tiny_moe,
     watch_names,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyConfig(Config):
-    """Builds the module of a class, right or wrong."""
-
-    module: Any
-    num_experts: int = 5
-    experts_per_token: float = 2
-
-    def build(self, d_model):
-        return self.module(d_model)
-
 
 # --- routers
 
@@ -570,15 +555,6 @@ def test_a_bug_in_experts_is_caught(bug, told):
 
 
 # --- feed-forward layers
-
-
-class ToyLayer(nn.Module):
-    def __init__(self, d_model):
-        super().__init__()
-        self.up, self.down = nn.Linear(d_model, 7), nn.Linear(7, d_model)
-
-    def forward(self, x_BTD):
-        return self.down(torch.tanh(self.up(x_BTD)))
 
 
 class SeesNeighbour(ToyLayer):
