@@ -5,6 +5,7 @@ from .attention.gqa import GQAConfig, QKNormConfig
 from .attention.mla import MLAConfig
 from .attention.weights import AttentionWeights, is_recorded, report_weights
 from .cache import Cache, LayerCache
+from .compiled import compile_decoding
 from .config import (
     Attention,
     AttentionConfig,

@@ -3,10 +3,11 @@
 Shapes: B batch, T new tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
-from typing import NamedTuple, cast
+from operator import call
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,7 @@ class Transformer(nn.Module):
             embed = make_embed() if config.mtp.own_embedding else None
             head = make_head() if config.mtp.own_head else None
             self.mtp[str(number)] = MTPModule(config, Block(D, epsilon, layer), embed, head)
+        self.call: Callable[..., Any] = call  # of blocks and heads; see `compile_decoding`
         self.reset_parameters()
 
     def forward(
@@ -121,7 +123,7 @@ class Transformer(nn.Module):
         x_BTD = self.embed(tokens_BT) * self.config.embedding_multiplier
         step = Step.after(lengths, tokens_BT, counts)
         for i, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, step, None if cache is None else cache.layers[i])
+            x_BTD = self.call(layer, x_BTD, step, None if cache is None else cache.layers[i])
         return self.norm_states(x_BTD, self.norm)
 
     def norm_states(self, x_BTD: Tensor, norm: nn.Module) -> States:
@@ -132,7 +134,9 @@ class Transformer(nn.Module):
     def logits(self, x_BTD: Tensor, module: MTPModule | None = None) -> Tensor:
         """Logits (..., V), float32 at least, of normed states, by the head of `module` if given."""
         head = self.head if module is None else module.head or self.head
-        logits_BTV = head(x_BTD)
+        logits_BTV = self.call(
+            head, x_BTD.contiguous()
+        )  # the product with a slice would copy the matrix
         return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
 
     def make_cache(self, batch_size: int, max_length: int, rollback: int = 0) -> Cache:
@@ -174,7 +178,7 @@ class Transformer(nn.Module):
             raise ValueError("an MTP module is sharded as a whole: shard its block, not the module")
         embedding_BTD = (module.embed or self.embed)(step.tokens_BT)
         embedding_BTD = embedding_BTD * self.config.embedding_multiplier
-        x_BTD = module(state_BTD, embedding_BTD, step, cache)
+        x_BTD = self.call(module, state_BTD, embedding_BTD, step, cache)
         return self.norm_states(x_BTD, module.norm or self.norm)
 
     @property

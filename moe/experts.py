@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .feed_forward import Clamp, clamped_swiglu, swiglu
 from .routing import Routing
-from .segments import can_group, is_traced, product_of_segments
+from .segments import can_group, is_traced, product_of_rows, product_of_segments
 
 Activation = Callable[[Tensor, Tensor], Tensor]  # of an expert's gate and up products
 
@@ -80,8 +80,10 @@ def experts_grouped(
     """
     (N, K), E = experts_NK.shape, gate_EFD.shape[0]
     experts_S, order_S = experts_NK.flatten().sort(stable=True)
-    every_E = torch.arange(E, device=experts_S.device)
-    ends_E = torch.searchsorted(experts_S, every_E, right=True, out_int32=True)
+    ends_E = None  # one token has no segments: compiled, each row reads its own matrix
+    if N > 1 or not torch.compiler.is_compiling():
+        every_E = torch.arange(E, device=experts_S.device)
+        ends_E = torch.searchsorted(experts_S, every_E, right=True, out_int32=True)
     token_S = torch.where(experts_S < E, order_S // K, N)
     x_SD = append_zero_row(x_ND).index_select(0, token_S)
     gate_SF = product_of_each(x_SD, gate_EFD, biases.gate_EF, experts_S, ends_E)
@@ -94,9 +96,16 @@ def experts_grouped(
 
 
 def product_of_each(
-    x_SI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, experts_S: Tensor, ends_E: Tensor
+    x_SI: Tensor,
+    weight_EOI: Tensor,
+    bias_EO: Tensor | None,
+    experts_S: Tensor,
+    ends_E: Tensor | None,
 ) -> Tensor:
-    y_SO = product_of_segments(x_SI, weight_EOI, ends_E)
+    if ends_E is None:
+        y_SO = product_of_rows(x_SI, weight_EOI[experts_S.clamp(max=len(weight_EOI) - 1)])
+    else:
+        y_SO = product_of_segments(x_SI, weight_EOI, ends_E)
     return y_SO if bias_EO is None else y_SO + append_zero_row(bias_EO)[experts_S]
 
 

@@ -37,7 +37,7 @@ class EntryCache(LayerCache):
         ends = self.lengths_after(counts)
         self.fit(widest(new_BTW))
         starts, self.lengths = self.lengths, ends
-        if len({*zip(starts, counts, strict=True), (starts[0], T)}) == 1:
+        if all(start == starts[0] for start in starts) and all(count == T for count in counts):
             for tensor, new in zip(self.tensors, new_BTW, strict=True):
                 tensor[:, starts[0] : starts[0] + T] = new
         else:

@@ -135,7 +135,9 @@ class MultiHeadLatentAttention(nn.Module):
         assert weight_hC is not None, "kv_expand is more than its weight: call `attend_expanded`"
         weight_HmC = rearrange(weight_hC, "(H m) C -> H m C", H=c.num_heads)
         w_uk_HPC, w_uv_HMC = weight_HmC.split([c.nope_width, c.value_width], dim=1)
-        q_BTHC = torch.einsum("BTHP,HPC->BTHC", q_BTHP, w_uk_HPC)
+        # the products take the slices as they lie only in these orders; einsum copies them
+        q_HtC = rearrange(q_BTHP, "B T H P -> H (B T) P") @ w_uk_HPC
+        q_BTHC = rearrange(q_HtC, "H (B T) C -> B T H C", T=q_BTHP.shape[1])
         q_BTHW, kept_B1SW = torch.cat([q_BTHC, q_BTHR], dim=-1), kept_BSW[:, None]
         if is_recorded(step):
             q_BHTW = q_BTHW.transpose(1, 2)
@@ -146,8 +148,8 @@ class MultiHeadLatentAttention(nn.Module):
         y_B1tW = F.scaled_dot_product_attention(
             q_B1tW, kept_B1SW, kept_B1SW, attn_mask=mask_B1tS, scale=self.scale
         )
-        y_BTHC = rearrange(y_B1tW[..., : c.kv_rank], "B 1 (T H) C -> B T H C", H=c.num_heads)
-        return torch.einsum("BTHC,HMC->BTHM", y_BTHC, w_uv_HMC)
+        y_HCt = rearrange(y_B1tW[..., : c.kv_rank], "B 1 (T H) C -> H C (B T)", H=c.num_heads)
+        return rearrange(w_uv_HMC @ y_HCt, "H M (B T) -> B T H M", T=q_BTHP.shape[1])
 
     def extra_repr(self) -> str:
         c = self.config
