@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_module
 
 from moe import product_of_rows
 
-from .model import Transformer
+from .model import Transformer, call
 
 
 def compile_decoding(model: Transformer) -> None:
@@ -46,10 +46,6 @@ class CompiledCall:
 
     def __reduce__(self) -> tuple:
         return CompiledCall, ()  # what is compiled stays out of copies and files
-
-
-def call(module: nn.Module, *inputs: Any) -> Tensor:
-    return module(*inputs)
 
 
 def is_watched(module: nn.Module) -> bool:

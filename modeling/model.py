@@ -6,7 +6,6 @@ Shapes: B batch, T new tokens, D model width, V vocabulary.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
-from operator import call
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -101,7 +100,9 @@ class Transformer(nn.Module):
         if logits_to_keep is not None and logits_to_keep < 1:
             raise ValueError(f"logits_to_keep = {logits_to_keep}: must be >= 1")
         x_BTD = self.hidden_states(tokens_BT, cache).normed_BTD
-        return self.logits(x_BTD if logits_to_keep is None else x_BTD[:, -logits_to_keep:])
+        if logits_to_keep is not None:  # cloned: to multiply a slice, torch would copy the matrix
+            x_BTD = x_BTD[:, -logits_to_keep:].clone(memory_format=torch.contiguous_format)
+        return self.logits(x_BTD)
 
     def hidden_states(
         self,
@@ -134,9 +135,7 @@ class Transformer(nn.Module):
     def logits(self, x_BTD: Tensor, module: MTPModule | None = None) -> Tensor:
         """Logits (..., V), float32 at least, of normed states, by the head of `module` if given."""
         head = self.head if module is None else module.head or self.head
-        logits_BTV = self.call(
-            head, x_BTD.contiguous()
-        )  # the product with a slice would copy the matrix
+        logits_BTV = self.call(head, x_BTD)
         return logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
 
     def make_cache(self, batch_size: int, max_length: int, rollback: int = 0) -> Cache:
@@ -238,6 +237,10 @@ class Transformer(nn.Module):
         for module in self.modules():
             for name in getattr(module, "residual_outputs", ()):
                 module.get_parameter(name).mul_((2 * len(self.layers)) ** -0.5)
+
+
+def call(module: nn.Module, *inputs: Any) -> Any:
+    return module(*inputs)
 
 
 def draw_parameters(path: str, module: nn.Module, own: dict[str, nn.Parameter], std: float) -> None:

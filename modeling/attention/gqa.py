@@ -18,7 +18,7 @@ from ..norm import RMSNorm
 from ..rope import RopeConfig, rotate
 from ..step import Step
 from .caches import EntryCache, WindowCache
-from .dot_product import attend, attend_with_sinks
+from .dot_product import attend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +110,7 @@ class GroupedQueryAttention(nn.Module):
         k_BJSP = rearrange(k, "B S (J P) -> B J S P", P=P)
         v_BJSP = rearrange(v, "B S (J P) -> B J S P", P=P)
         qkv = q_BTHP.transpose(1, 2), k_BJSP, v_BJSP
-        if self.sinks is None:
-            y_BHTP = attend(*qkv, step, keys_BS, self.scale, window)
-        else:
-            y_BHTP = attend_with_sinks(*qkv, step, keys_BS, self.scale, window, self.sinks)
+        y_BHTP = attend(*qkv, step, keys_BS, self.scale, window, self.sinks)
         return self.o(rearrange(y_BHTP, "B H T P -> B T (H P)"))
 
     def norm_and_rotate(self, x_BTHP: Tensor, norm: nn.Module, step: Step) -> Tensor:

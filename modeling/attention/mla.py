@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moe import Config, Count, Positive
 
@@ -28,8 +27,7 @@ from ..norm import RMSNorm
 from ..rope import RopeConfig, rotate
 from ..step import Step
 from .caches import EntryCache
-from .dot_product import attend, attention_weights, mask_keys
-from .weights import is_recorded, report_weights
+from .dot_product import attend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +108,9 @@ class MultiHeadLatentAttention(nn.Module):
         """Attend per head to keys and values made from the latents; (B, T, H, M)."""
         c = self.config
         latent_BSC, key_BSR = kept_BSW.split([c.kv_rank, c.rope.width], dim=-1)
-        kv_BHSm = rearrange(self.kv_expand(latent_BSC), "B S (H m) -> B H S m", H=c.num_heads)
+        kv_BHSm = rearrange(
+            self.kv_expand(latent_BSC.contiguous()), "B S (H m) -> B H S m", H=c.num_heads
+        )
         k_BHSP, v_BHSM = kv_BHSm.split([c.nope_width, c.value_width], dim=-1)
         shared_BHSR = key_BSR[:, None].expand(-1, c.num_heads, -1, -1)
         q_BHTp = torch.cat([q_BTHP, q_BTHR], dim=-1).transpose(1, 2)
@@ -137,19 +137,12 @@ class MultiHeadLatentAttention(nn.Module):
         w_uk_HPC, w_uv_HMC = weight_HmC.split([c.nope_width, c.value_width], dim=1)
         # the products take the slices as they lie only in these orders; einsum copies them
         q_HtC = rearrange(q_BTHP, "B T H P -> H (B T) P") @ w_uk_HPC
-        q_BTHC = rearrange(q_HtC, "H (B T) C -> B T H C", T=q_BTHP.shape[1])
-        q_BTHW, kept_B1SW = torch.cat([q_BTHC, q_BTHR], dim=-1), kept_BSW[:, None]
-        if is_recorded(step):
-            q_BHTW = q_BTHW.transpose(1, 2)
-            weights = attention_weights(q_BHTW, kept_B1SW, step, keys_BS, self.scale)
-            report_weights(step, weights, keys_BS)
-        q_B1tW = q_BTHW.flatten(1, 2)[:, None]
-        mask_B1tS = mask_keys(step, keys_BS).repeat_interleave(c.num_heads, dim=2)
-        y_B1tW = F.scaled_dot_product_attention(
-            q_B1tW, kept_B1SW, kept_B1SW, attn_mask=mask_B1tS, scale=self.scale
-        )
-        y_HCt = rearrange(y_B1tW[..., : c.kv_rank], "B 1 (T H) C -> H C (B T)", H=c.num_heads)
-        return rearrange(w_uv_HMC @ y_HCt, "H M (B T) -> B T H M", T=q_BTHP.shape[1])
+        q_BTHC = rearrange(q_HtC, "H (B T) C -> B T H C", B=len(q_BTHP))
+        q_BHTW = torch.cat([q_BTHC, q_BTHR], dim=-1).transpose(1, 2)
+        kept_B1SW = kept_BSW[:, None]
+        y_BHTW = attend(q_BHTW, kept_B1SW, kept_B1SW, step, keys_BS, self.scale)
+        y_HCt = rearrange(y_BHTW[..., : c.kv_rank], "B H T C -> H C (B T)")
+        return rearrange(w_uv_HMC @ y_HCt, "H M (B T) -> B T H M", B=len(q_BTHP))
 
     def extra_repr(self) -> str:
         c = self.config

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from tiny import YARN, gqa, plain_gqa, randomize, rope
 
 from modeling import GQAConfig, QKNormConfig, Step
-from modeling.attention.dot_product import attend, attend_with_sinks, mask_keys
+from modeling.attention import dot_product
+from modeling.attention.dot_product import (
+    attend,
+    attend_by_kernel,
+    attend_in_blocks,
+    blocks_pay,
+    mask_keys,
+)
 from modeling.attention.gqa import GroupedQueryAttention
 from moe.testing import close, noise
 
@@ -99,21 +106,44 @@ def plain_attend(q_BHTP, k_BJSP, v_BJSM, queries, keys, scale, window=None, sink
 @st.composite
 def placements(draw):
     """Positions of T queries and S keys in each row: the queries' own (None), or all up to the
-    last query and a few more at either end, in any order."""
+    last query and a few more at either end, in any order. A single query comes last."""
     starts = draw(st.lists(st.integers(0, 3), min_size=1, max_size=3))
     num_new = draw(st.integers(1, 4))
     queries = [list(range(start, start + num_new)) for start in starts]
     if draw(st.booleans()):
         return queries, None
-    lowest = -draw(st.integers(0, 2))
-    positions = range(lowest, max(starts) + num_new + draw(st.integers(0, 2)))
+    more = 0 if len(starts) * num_new == 1 else 2
+    lowest = -draw(st.integers(0, more))
+    positions = range(lowest, max(starts) + num_new + draw(st.integers(0, more)))
     return queries, [draw(st.permutations(positions)) for _ in starts]
 
 
 windows = st.none() | st.integers(1, 6)
 
 
-@pytest.mark.parametrize("with_sinks", [False, True])
+def attend_in_blocks_of_two(*inputs):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dot_product, "BLOCK", 2)
+        return attend_in_blocks(*inputs)
+
+
+FORMS = {
+    "chosen": attend,
+    "kernel": attend_by_kernel,
+    "one block": attend_in_blocks,
+    "blocks": attend_in_blocks_of_two,
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "with_sinks"),
+    [
+        (form, sinks)
+        for form in FORMS
+        for sinks in (False, True)
+        if (form, sinks) != ("kernel", True)
+    ],
+)
 @given(
     placement=placements(),
     key_heads=st.sampled_from([1, 2, 4]),
@@ -124,7 +154,7 @@ windows = st.none() | st.integers(1, 6)
     sinks=st.lists(st.floats(-3, 3), min_size=4, max_size=4),
 )
 def test_attention_is_the_softmax_over_what_each_query_may_see(
-    with_sinks, placement, key_heads, key_width, value_width, scale, window, sinks
+    form, with_sinks, placement, key_heads, key_width, value_width, scale, window, sinks
 ):
     """With values narrower and wider than the keys, rows of unequal lengths, keys in any order;
     a sink is one more score in the softmax of its head, which has no value."""
@@ -135,12 +165,20 @@ def test_attention_is_the_softmax_over_what_each_query_may_see(
     v_BJSM = noise(B, key_heads, S, value_width, seed=2)
     positions, keys_BS = Step(torch.tensor(queries)), keys and torch.tensor(keys)
     inputs = q_BHTP, k_BJSP, v_BJSM, positions, keys_BS, scale, window
-    if with_sinks:
-        y_BHTM = attend_with_sinks(*inputs, torch.tensor(sinks, dtype=torch.float64))
-    else:
-        y_BHTM, sinks = attend(*inputs), None
+    sinks = sinks if with_sinks else None
+    given_sinks = [torch.tensor(sinks, dtype=torch.float64)] if with_sinks else []
+    y_BHTM = FORMS[form](*inputs, *given_sinks)
     plain = plain_attend(q_BHTP, k_BJSP, v_BJSM, queries, keys or queries, scale, window, sinks)
     close(y_BHTM, plain, 1e-10)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 2), (16, 1)])
+def test_blocks_are_for_many_query_rows_on_a_cpu(heads):
+    H, J = heads
+    for T in (1, 7, 8, 31, 32, 63, 64, 127, 128, 500):
+        q_BHTP, k_BJSP = torch.empty(1, H, T, 3), torch.empty(1, J, T, 3)
+        assert blocks_pay(q_BHTP, k_BJSP) == (T * H // J >= 128)
+        assert not blocks_pay(q_BHTP.to("meta"), k_BJSP.to("meta"))
 
 
 @given(placement=placements(), window=windows)
@@ -150,8 +188,8 @@ def test_a_sink_without_weight_changes_nothing_and_one_with_all_leaves_nothing(p
     qkv = noise(B, 2, T, 3), noise(B, 1, S, 3, seed=1), noise(B, 1, S, 3, seed=2)
     among = Step(torch.tensor(queries)), keys and torch.tensor(keys), 0.5, window
     none_H, all_H = torch.full((2,), -1e9).double(), torch.full((2,), 1e9).double()
-    close(attend_with_sinks(*qkv, *among, none_H), attend(*qkv, *among), 1e-12)
-    assert not attend_with_sinks(*qkv, *among, all_H).any()
+    close(attend(*qkv, *among, none_H), attend(*qkv, *among), 1e-12)
+    assert not attend(*qkv, *among, all_H).any()
 
 
 @given(length=st.integers(1, 7), further=st.integers(0, 3))
