@@ -9,7 +9,7 @@ Shapes: ... any leading dimensions, I and O input and output width of one produc
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_module
 
 from moe import product_of_rows
 
-from .model import Transformer, call
+from .model import Transformer
 
 
 def compile_decoding(model: Transformer) -> None:
@@ -37,15 +37,19 @@ class CompiledCall:
     """Calls a module, compiled where its input is one row and nobody watches."""
 
     def __init__(self) -> None:
-        self.compiled = torch.compile(call, backend=compile_row_products, dynamic=True)
+        self.compiled = torch.compile(run_module, backend=compile_row_products, dynamic=True)
 
     def __call__(self, module: nn.Module, x: Tensor, *rest: Any) -> Tensor:
         one_row = x.shape[:-1].numel() == 1
         pays = one_row and not torch.is_grad_enabled() and not is_watched(module)
-        return (self.compiled if pays else call)(module, x, *rest)
+        return (self.compiled if pays else nn.Module.__call__)(module, x, *rest)
 
     def __reduce__(self) -> tuple:
         return CompiledCall, ()  # what is compiled stays out of copies and files
+
+
+def run_module(module: nn.Module, *inputs: Any) -> Tensor:
+    return module(*inputs)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -54,7 +58,7 @@ def is_watched(module: nn.Module) -> bool:
     return own or torch_module._has_any_global_hook()
 
 
-def compile_row_products(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+def compile_row_products(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """A backend of torch.compile: products of one row become sums, and the rest is torch's."""
     for node in graph.graph.nodes:
         node.target = REPLACEMENTS.get(node.target, node.target)

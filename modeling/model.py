@@ -50,12 +50,9 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, step: Step, cache: LayerCache | None) -> Tensor:
         y_BTD = self.attention(self.attention_norm(x_BTD), step, cache)
-        x_BTD = self.add_residual(x_BTD, self.attention_output_norm(y_BTD))
+        x_BTD = x_BTD.add(self.attention_output_norm(y_BTD), alpha=self.residual_multiplier)
         y_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
-        return self.add_residual(x_BTD, self.feed_forward_output_norm(y_BTD))
-
-    def add_residual(self, x_BTD: Tensor, y_BTD: Tensor) -> Tensor:
-        return torch.add(x_BTD, y_BTD, alpha=self.residual_multiplier)
+        return x_BTD.add(self.feed_forward_output_norm(y_BTD), alpha=self.residual_multiplier)
 
 
 class Transformer(nn.Module):
@@ -85,7 +82,7 @@ class Transformer(nn.Module):
             embed = make_embed() if config.mtp.own_embedding else None
             head = make_head() if config.mtp.own_head else None
             self.mtp[str(number)] = MTPModule(config, Block(D, epsilon, layer), embed, head)
-        self.call: Callable[..., Any] = call  # of blocks and heads; see `compile_decoding`
+        self.call: Callable[..., Any] = nn.Module.__call__  # of blocks and heads: may be compiled
         self.reset_parameters()
 
     def forward(
@@ -112,8 +109,7 @@ class Transformer(nn.Module):
     ) -> States:
         """The states, (B, T, D), before and after the final norm, which the head reads.
 
-        counts: how many tokens of each row are real, where rows are padded on the right; the
-        cache keeps those alone.
+        counts: the real tokens of each row, padded on the right; the cache keeps those alone.
         """
         self.check_tokens(tokens_BT)
         lengths = [0] if cache is None else cache.lengths
@@ -237,10 +233,6 @@ class Transformer(nn.Module):
         for module in self.modules():
             for name in getattr(module, "residual_outputs", ()):
                 module.get_parameter(name).mul_((2 * len(self.layers)) ** -0.5)
-
-
-def call(module: nn.Module, *inputs: Any) -> Any:
-    return module(*inputs)
 
 
 def draw_parameters(path: str, module: nn.Module, own: dict[str, nn.Parameter], std: float) -> None:

@@ -49,8 +49,7 @@ def sequence_balance_loss(
 ) -> Tensor:
     """The same within each sequence, averaged over the sequences, which have equal length.
 
-    DeepSeek-V3, section 2.1.2, equations 17 to 20. `num_sequences` must divide the tokens. A
-    sequence without real tokens adds 0.
+    DeepSeek-V3, section 2.1.2, equations 17 to 20. A sequence without real tokens adds 0.
     """
     shares_NE = routing.scores_NE / routing.scores_NE.sum(dim=-1, keepdim=True)
     if mask_N is None:

@@ -33,6 +33,7 @@ class Biases(NamedTuple):
 
 
 NO_BIASES = Biases()
+ZERO_ROW = 0, 0, 0, 1  # appended to rows, for empty slots to read
 
 
 def experts_loop(
@@ -80,38 +81,24 @@ def experts_grouped(
     """
     (N, K), E = experts_NK.shape, gate_EFD.shape[0]
     experts_S, order_S = experts_NK.flatten().sort(stable=True)
-    ends_E = None  # one token has no segments: compiled, each row reads its own matrix
-    if N > 1 or not torch.compiler.is_compiling():
-        every_E = torch.arange(E, device=experts_S.device)
-        ends_E = torch.searchsorted(experts_S, every_E, right=True, out_int32=True)
+    every_E = torch.arange(E, device=experts_S.device)
+    ends_E = torch.searchsorted(experts_S, every_E, right=True, out_int32=True)
+    each_alone = N == 1 and torch.compiler.is_compiling()  # no segments: each row has its expert
+
+    def multiply(x_SI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None) -> Tensor:
+        if each_alone:
+            y_SO = product_of_rows(x_SI, weight_EOI[experts_S.clamp(max=E - 1)])
+        else:
+            y_SO = product_of_segments(x_SI, weight_EOI, ends_E)
+        return y_SO if bias_EO is None else y_SO + F.pad(bias_EO, ZERO_ROW)[experts_S]
+
     token_S = torch.where(experts_S < E, order_S // K, N)
-    x_SD = append_zero_row(x_ND).index_select(0, token_S)
-    gate_SF = product_of_each(x_SD, gate_EFD, biases.gate_EF, experts_S, ends_E)
-    up_SF = product_of_each(x_SD, up_EFD, biases.up_EF, experts_S, ends_E)
-    hidden_SF = activation(gate_SF, up_SF)
-    y_SD = product_of_each(hidden_SF, down_EDF, biases.down_ED, experts_S, ends_E)
+    x_SD = F.pad(x_ND, ZERO_ROW).index_select(0, token_S)
+    gate_SF, up_SF = multiply(x_SD, gate_EFD, biases.gate_EF), multiply(x_SD, up_EFD, biases.up_EF)
+    y_SD = multiply(activation(gate_SF, up_SF), down_EDF, biases.down_ED)
     y_SD = y_SD.where((experts_S < E)[:, None], 0)
     y_NKD = y_SD.index_select(0, order_S.argsort()).unflatten(0, (N, K))
     return weigh(y_NKD, weights_NK).to(x_ND.dtype)
-
-
-def product_of_each(
-    x_SI: Tensor,
-    weight_EOI: Tensor,
-    bias_EO: Tensor | None,
-    experts_S: Tensor,
-    ends_E: Tensor | None,
-) -> Tensor:
-    if ends_E is None:
-        y_SO = product_of_rows(x_SI, weight_EOI[experts_S.clamp(max=len(weight_EOI) - 1)])
-    else:
-        y_SO = product_of_segments(x_SI, weight_EOI, ends_E)
-    return y_SO if bias_EO is None else y_SO + append_zero_row(bias_EO)[experts_S]
-
-
-def append_zero_row(rows: Tensor) -> Tensor:
-    """The rows and one of zeros, which empty slots read."""
-    return F.pad(rows, (0, 0, 0, 1))
 
 
 def weigh(y_NKD: Tensor, weights_NK: Tensor) -> Tensor:

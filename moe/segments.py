@@ -45,11 +45,7 @@ def product_of_segments(x_SI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Ten
 
 
 def product_of_rows(x_SI: Tensor, weight_SOI: Tensor) -> Tensor:
-    """Row s times its own matrix, (S, O), as a sum of products.
-
-    A compiler makes it one pass over the matrices where they lie, those of an expression such as
-    `weight_EOI[experts_S]` too: on CPUs up to twice as fast as torch's products of one row.
-    """
+    """Row s times its own matrix, (S, O): compiled, one pass over the matrices, chosen or not."""
     wide = torch.promote_types(x_SI.dtype, torch.float32)
     return (weight_SOI.to(wide) * x_SI[:, None].to(wide)).sum(dim=-1).to(x_SI.dtype)
 

@@ -1,35 +1,24 @@
-"""Scaled dot-product attention with a causal mask, windows and sinks.
+"""Scaled dot-product attention with a causal mask, windows and sinks: the plain form, the choice.
 
 Shapes: B batch, T new tokens, S keys to attend to, H heads, J key-value heads, P head width, M
-value width, p and m padded widths, s = S + 1.
+value width, s = S + 1.
 """
 
-from functools import partial
-
 import torch
-from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
-from moe import exact_products, is_traced
+from moe import exact_products
 
 from ..step import Step
+from .kernels import (
+    attend_by_kernel,
+    attend_in_blocks,
+    attend_in_pieces,
+    blocks_pay,
+    mask_keys,
+    pieces_pay,
+)
 from .weights import AttentionWeights, is_recorded, report_weights
-
-BLOCK = 128  # queries whose scores exist at a time: of 32 to 256, the fastest at 512 and 2,048 keys
-
-
-def mask_keys(step: Step, keys_BS: Tensor | None, window: int | None = None) -> Tensor:
-    """True where a query may see a key, bool (B, 1, T, S).
-
-    A query sees keys at its own position and earlier ones, with a window the last `window` of
-    them, its own included. keys_BS: the positions of the keys, negative for an empty slot; None:
-    the keys are the queries' own.
-    """
-    keys_BS = step.positions_BT if keys_BS is None else keys_BS
-    query_B1T1, key_B11S = step.positions_BT[:, None, :, None], keys_BS[:, None, None]
-    seen = (key_B11S >= 0) & (key_B11S <= query_B1T1)
-    return seen if window is None else seen & (key_B11S > query_B1T1 - window)
 
 
 def attention_weights(
@@ -76,84 +65,7 @@ def attend(
     given = step, keys_BS, scale, window
     if is_recorded(step):
         report_weights(step, attention_weights(q_BHTP, k_BJSP, *given, sinks_H), keys_BS)
-    if sinks_H is None and not blocks_pay(q_BHTP, k_BJSP):
-        return attend_by_kernel(q_BHTP, k_BJSP, v_BJSM, *given)
-    return attend_in_blocks(q_BHTP, k_BJSP, v_BJSM, *given, sinks_H)
-
-
-def blocks_pay(q_BHTP: Tensor, k_BJSP: Tensor) -> bool:
-    """The rule that picks the form: on a CPU, blocks where a head's keys meet BLOCK query rows.
-
-    There torch's kernel computes 70 to 120 GFLOP/s where plain products reach 170 (two cores with
-    AVX-512, bfloat16). For fewer rows the products spend their time on copies of the keys.
-    """
-    (H, T), J = q_BHTP.shape[1:3], k_BJSP.shape[1]
-    fits = q_BHTP.device.type == "cpu" and not is_traced(q_BHTP)
-    return fits and H // J * T >= BLOCK
-
-
-def attend_by_kernel(
-    q_BHTP: Tensor,
-    k_BJSP: Tensor,
-    v_BJSM: Tensor,
-    step: Step,
-    keys_BS: Tensor | None,
-    scale: float,
-    window: int | None = None,
-) -> Tensor:
-    """`attend` by torch's kernel, which never writes the (T, S) scores.
-
-    It wants one width for keys and values: narrower values are padded with zeros. It is slow where
-    heads share keys, so these become further query rows of one head, unless the mask is the plain
-    triangle. A single query, which comes last, sees every key: there is no mask.
-    """
-    (B, H, T, P), J, M = q_BHTP.shape, k_BJSP.shape[1], v_BJSM.shape[3]
-    v_BJSM = F.pad(v_BJSM, (0, P - M)) if M < P else v_BJSM
-    attend_to = partial(F.scaled_dot_product_attention, scale=scale)
-    if keys_BS is None and window is None:
-        y_BHTM = attend_to(q_BHTP, k_BJSP, v_BJSM, is_causal=True, enable_gqa=H != J)
-        return y_BHTM[..., :M]
-    mask_B1rS = None
-    if window is not None or step.positions_BT.numel() > 1:
-        mask_B1rS = mask_keys(step, keys_BS, window).repeat(1, 1, H // J, 1)
-    q_BJrP = q_BHTP.reshape(B, J, H // J * T, P)
-    y_BJrM = attend_to(q_BJrP, k_BJSP, v_BJSM, attn_mask=mask_B1rS)
-    return y_BJrM.reshape(B, H, T, max(P, M))[..., :M]
-
-
-def attend_in_blocks(
-    q_BHTP: Tensor,
-    k_BJSP: Tensor,
-    v_BJSM: Tensor,
-    step: Step,
-    keys_BS: Tensor | None,
-    scale: float,
-    window: int | None = None,
-    sinks_H: Tensor | None = None,
-) -> Tensor:
-    """`attend` by plain products, a block of queries at a time on the keys that it may see.
-
-    Of the (T, S) scores, those of one block exist at a time, and outside a window none.
-    """
-    (B, H, T, _), (J, S) = q_BHTP.shape, k_BJSP.shape[1:3]
-    k_bPS, v_bSM, blocks = k_BJSP.flatten(0, 1).mT, v_BJSM.flatten(0, 1), []
-    size = max(1, T) if is_traced(q_BHTP) else BLOCK  # a traced loop has a fixed number of rounds
-    for start in range(0, max(1, T), size):
-        end, first, last = min(start + size, T), 0, S
-        if keys_BS is None:  # the queries' own keys, which stand in order
-            first, last = 0 if window is None else max(0, start + 1 - window), end
-        seen_BS = (step.positions_BT if keys_BS is None else keys_BS)[:, first:last]
-        mask_B1tS = mask_keys(Step(step.positions_BT[:, start:end]), seen_BS, window)
-        q_brP = rearrange(q_BHTP[:, :, start:end], "B (J G) t P -> (B J) (G t) P", J=J)
-        none = q_brP.new_zeros(())
-        scores_brS = torch.baddbmm(none, q_brP, k_bPS[..., first:last], beta=0, alpha=scale)
-        scores_BHtS = scores_brS.view(B, H, end - start, last - first).masked_fill(
-            ~mask_B1tS, -torch.inf
-        )
-        if sinks_H is not None:
-            sink_BHt1 = sinks_H[:, None, None].expand(B, H, end - start, 1)
-            scores_BHtS = torch.cat([scores_BHtS, sink_BHt1.to(scores_BHtS.dtype)], dim=-1)
-        weights_BHtS = scores_BHtS.softmax(dim=-1)[..., : last - first]
-        y_brM = weights_BHtS.reshape_as(scores_brS) @ v_bSM[:, first:last]
-        blocks.append(y_brM.view(B, H, end - start, v_BJSM.shape[3]))
-    return torch.cat(blocks, dim=2)
+    if sinks_H is not None or blocks_pay(q_BHTP, k_BJSP):
+        return attend_in_blocks(q_BHTP, k_BJSP, v_BJSM, *given, sinks_H)
+    form = attend_in_pieces if pieces_pay(q_BHTP, k_BJSP, window) else attend_by_kernel
+    return form(q_BHTP, k_BJSP, v_BJSM, *given)

@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 from tiny import YARN, gqa, plain_gqa, randomize, rope
 
 from modeling import GQAConfig, QKNormConfig, Step
-from modeling.attention import dot_product
-from modeling.attention.dot_product import (
-    attend,
+from modeling.attention import dot_product, kernels
+from modeling.attention.dot_product import attend
+from modeling.attention.gqa import GroupedQueryAttention
+from modeling.attention.kernels import (
     attend_by_kernel,
     attend_in_blocks,
+    attend_in_pieces,
     blocks_pay,
     mask_keys,
+    pieces_pay,
 )
-from modeling.attention.gqa import GroupedQueryAttention
 from moe.testing import close, noise
 
 D = 11
@@ -123,7 +125,7 @@ windows = st.none() | st.integers(1, 6)
 
 def attend_in_blocks_of_two(*inputs):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(dot_product, "BLOCK", 2)
+        patched.setattr(kernels, "BLOCK", 2)
         return attend_in_blocks(*inputs)
 
 
@@ -179,6 +181,69 @@ def test_blocks_are_for_many_query_rows_on_a_cpu(heads):
         q_BHTP, k_BJSP = torch.empty(1, H, T, 3), torch.empty(1, J, T, 3)
         assert blocks_pay(q_BHTP, k_BJSP) == (T * H // J >= 128)
         assert not blocks_pay(q_BHTP.to("meta"), k_BJSP.to("meta"))
+
+
+@given(
+    keys=st.integers(1, 9),
+    key_width=st.integers(1, 5),
+    value_width=st.integers(1, 5),
+    scale=st.floats(0.1, 2),
+)
+def test_a_single_query_attends_to_pieces_of_the_keys(keys, key_width, value_width, scale):
+    q_BHTP, k_BJSP = noise(1, 4, 1, key_width), noise(1, 1, keys, key_width, seed=1)
+    v_BJSM = noise(1, 1, keys, value_width, seed=2)
+    step, keys_BS = Step(torch.tensor([[keys - 1]])), torch.arange(keys)[None]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kernels, "PIECE", 2)
+        y_BHTM = attend_in_pieces(q_BHTP, k_BJSP, v_BJSM, step, keys_BS, scale)
+    query = [[keys - 1]]
+    plain = plain_attend(q_BHTP, k_BJSP, v_BJSM, query, keys_BS.tolist(), scale, None, None)
+    close(y_BHTM, plain, 1e-6)
+
+
+def test_pieces_are_for_a_single_query_whose_heads_share_many_keys_in_16_bits():
+    def pays(B=1, H=4, T=1, J=1, S=4096, window=None, dtype=torch.bfloat16, device="cpu"):
+        q_BHTP = torch.empty(B, H, T, 2, dtype=dtype, device=device)
+        return pieces_pay(q_BHTP, torch.empty(B, J, S, 2, dtype=dtype, device=device), window)
+
+    assert pays()
+    assert pays(S=40000, H=1, dtype=torch.float16)
+    for other in (
+        {"B": 2},
+        {"T": 2},
+        {"J": 2},
+        {"S": 4095},
+        {"window": 9},
+        {"dtype": torch.float32},
+        {"device": "meta"},
+    ):
+        assert not pays(**other)
+
+
+def noting(chosen, form):
+    def run(*inputs):
+        chosen.append(form.__name__)
+        return form(*inputs)
+
+    return run
+
+
+def test_every_form_is_chosen_and_is_about_the_plain_weights_in_bfloat16():
+    """A prefill in blocks, a step by the kernel, and a step among many keys in pieces."""
+    chosen = []
+    for T, S, H, J in ((300, 300, 2, 2), (40, 300, 4, 1), (1, 300, 4, 2), (1, 5000, 4, 1)):
+        q_BHTP = noise(1, H, T, 8).bfloat16()
+        k_BJSP, v_BJSM = noise(1, J, S, 8, seed=1).bfloat16(), noise(1, J, S, 8, seed=2).bfloat16()
+        step = Step(torch.arange(S - T, S)[None])
+        keys_BS = None if S == T else torch.arange(S)[None]
+        with pytest.MonkeyPatch.context() as patched:
+            for form in ("attend_by_kernel", "attend_in_blocks", "attend_in_pieces"):
+                patched.setattr(dot_product, form, noting(chosen, getattr(dot_product, form)))
+            y_BHTM = attend(q_BHTP, k_BJSP, v_BJSM, step, keys_BS, 0.3)
+        twin = dot_product.attention_weights(q_BHTP, k_BJSP, step, keys_BS, 0.3).weights_BHTS
+        v_BHSM = v_BJSM.float().repeat_interleave(H // J, dim=1)
+        assert (y_BHTM.float() - twin @ v_BHSM).abs().max() < 0.02
+    assert chosen == ["attend_in_blocks"] * 2 + ["attend_by_kernel", "attend_in_pieces"]
 
 
 @given(placement=placements(), window=windows)
