@@ -1,131 +1,183 @@
-"""bench: how much faster a model generates with drafts, on this machine and this kind of text.
+"""bench: how fast a model loads, reads and writes, and how far that is from what is possible.
 
-Each passage of a text is continued greedily with every number of drafts in turn, so that other load
-on the machine slows all of them alike. The speedup is the ratio to plain decoding of the same
-passage. The report shows its median over the passages, which a single slow run does not change.
+Random tokens are prefilled in one go, and decoded one by one after contexts of several lengths.
+Beside each step the machine reads a large buffer and multiplies large matrices, as fast as torch
+can. This gives the floor of a step: the bytes that it must read (of the weights only those that its
+tokens use, and the cache), or the products that it must compute, whichever takes longer. With
+--against, the same weights in transformers take turns, step by step, in the same process.
 """
 
 import argparse
 import json
-import sys
+from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from checkpoints import load_tokenizer
-from modeling import DraftCount, GenerationStatistics, Transformer, generate
+from checkpoints import build_on_meta, read_config
+from modeling import Transformer
 
-from .corpus import cut_passages, read_text
-from .generate import add_loading_arguments, load_requested_model, parse_draft_tokens
+from .bench_table import format_report
+from .describe import count_parameters
+from .drafting_speed import add_drafting_arguments, measure_drafting
+from .floor import count_bytes
+from .generate import add_loading_arguments, find_device, load_requested_model
+from .mechanisms import profile_decoding, profile_prefill
+from .peer import Peer, import_transformers
+from .speed import Bench, measure_loading
+from .timing import LEAST_ROUNDS, peak_memory
+from .training_speed import add_training_arguments, check_training, measure_training
+
+SECTIONS = "load", "prefill", "decode", "drafts", "training"
+PREFILLS = [512, 2048]
+CONTEXTS = [128, 2048, 8192, 32768]
+BATCHES = [1, 8]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", type=Path, help="checkpoint directory with MTP modules")
-    add("text", type=Path, help="UTF-8 text, plain or .xz, or - for stdin, of the passages")
+    add("model", type=Path, help="checkpoint directory")
     add(
-        "--draft-tokens",
-        type=parse_draft_tokens,
+        "--sections",
         nargs="+",
-        default=[1, 2, 3, 4, "auto"],
-        help="numbers of drafts per round to compare with plain decoding; auto: chosen while "
-        "generating",
+        choices=SECTIONS,
+        help="what to measure (default: load prefill decode, drafts with --text, training "
+        "with --training)",
     )
-    add("--passages", type=int, default=16, help="number of passages, evenly spaced in the text")
-    add("--prompt-tokens", type=int, default=64, help="length of each passage")
-    add("--new-tokens", type=int, default=128, help="tokens to generate after each passage")
+    add("--prefills", type=int, nargs="+", help=f"numbers of tokens ({typed(PREFILLS)})")
+    add("--contexts", type=int, nargs="+", help=f"tokens in the cache ({typed(CONTEXTS)})")
+    add("--batches", type=int, nargs="+", default=BATCHES, help="rows that decode at once")
+    add("--steps", type=int, default=10, help="steps of each figure; long ones take fewer")
+    add("--against", choices=["transformers"], help="take turns with the same weights in it")
+    add("--compile", action="store_true", help="measure the decoding of one row compiled, too")
+    add("--text", type=Path, help="UTF-8 text, plain or .xz, or - for stdin, to draft on")
+    add_drafting_arguments(parser)
+    add("--training", action="store_true", help="measure a training step, too: four float32 copies")
+    add_training_arguments(parser)
+    add(
+        "--profile",
+        type=Path,
+        metavar="FOLDER",
+        help="show where the time of the first prefill "
+        "and of decoding after the first context goes, and write their Chrome traces to FOLDER",
+    )
     add_loading_arguments(parser)
-    add("--json", action="store_true", help="print one JSON object instead of the table")
+    add("--json", action="store_true", help="print one JSON object instead of the tables")
+
+
+def typed(sizes: list[int]) -> str:
+    return f"default: {' '.join(map(str, sizes))}, those that the model has positions for"
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("passages", "prompt_tokens", "new_tokens"):
-        least = 1 if name == "prompt_tokens" else 2
-        if getattr(args, name) < least:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {getattr(args, name)}: must be >= {least}")
-    tokens_N = torch.tensor(load_tokenizer(args.model).encode(read_text(args.text)))
-    prompts = cut_passages(tokens_N, args.passages, args.prompt_tokens)
-    model = load_requested_model(args)
-    counts: list[DraftCount] = list(dict.fromkeys([0, *args.draft_tokens]))
-    runs = run_passages(model, prompts, args.new_tokens, counts)
-    report = {
-        "passages": len(prompts),
-        "prompt_tokens": args.prompt_tokens,
-        "new_tokens": args.new_tokens,
-        "runs": [summarize_runs(count, runs[count], runs[0]) for count in counts],
-    }
-    print(json.dumps(report) if args.json else format_table(report))
+    check_sizes(args)
+    report: dict[str, Any] = {"model": str(args.model), "skipped": []}
+    sections = choose_sections(args, report["skipped"])
+    if args.against is not None:
+        check_comparison(args)
+    if "training" in sections:
+        check_training(args)
+    if {"load", "prefill", "decode"} & sections or args.profile is not None:
+        measure_model(args, sections, report)
+    if "drafts" in sections:
+        report["drafts"] = measure_drafting(args)
+    if "training" in sections:
+        report["training"] = measure_training(args)
+    print(json.dumps(report) if args.json else format_report(report))
     return 0
 
 
-Runs = dict[DraftCount, list[GenerationStatistics]]
+def choose_sections(args: argparse.Namespace, skipped: list[str]) -> set[str]:
+    """The sections to measure: those asked for, or all that can be; others are told in `skipped`.
+
+    Raises ValueError if drafts are asked for and there is no text or no MTP module.
+    """
+    lacking = None
+    if args.text is None:
+        lacking = "needs a text to draft on: give --text FILE"
+    elif not read_config(args.model).mtp.blocks or args.layers is not None:
+        lacking = "needs MTP modules, and none are loaded of this model"
+    if args.sections is not None:
+        if "drafts" in args.sections and lacking is not None:
+            raise ValueError(f"--sections drafts: {lacking}")
+        return set(args.sections)
+    sections = {"load", "prefill", "decode", *(["training"] if args.training else [])}
+    if lacking is None:
+        return sections | {"drafts"}
+    skipped.append(f"drafts: {lacking}")
+    return sections
 
 
-def run_passages(
-    model: Transformer, prompts: list[list[int]], new_tokens: int, counts: list[DraftCount]
-) -> Runs:
-    """The statistics of every passage with every number of drafts, which take turns."""
-    runs: Runs = {count: [] for count in counts}
-    list(generate(model, prompts[0], min(8, new_tokens)))  # warm-up, not measured
-    for number, prompt in enumerate(tqdm(prompts, unit="passage", file=sys.stderr, disable=None)):
-        shift = number % len(counts)
-        for count in counts[shift:] + counts[:shift]:
-            generation = generate(model, prompt, new_tokens, draft_tokens=count)
-            for _ in generation:
-                pass
-            runs[count].append(generation.statistics)
-    return runs
+def check_sizes(args: argparse.Namespace) -> None:
+    """Raise ValueError for sizes that are too small."""
+    least = {"steps": LEAST_ROUNDS, "passages": 2, "new_tokens": 2, "training_length": 4}
+    others = "prefills", "contexts", "batches", "prompt_tokens", "training_batch"
+    for name in (*least, *others):
+        value = getattr(args, name)
+        values = value if isinstance(value, list) else [value]
+        if value is not None and min(values) < least.get(name, 1):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {min(values)}: must be >= {least.get(name, 1)}")
 
 
-def summarize_runs(
-    count: DraftCount, runs: list[GenerationStatistics], plain: list[GenerationStatistics]
-) -> dict[str, Any]:
-    """The figures of one number of drafts; runs and plain: of each passage, with it and with 0."""
-    ratios = [
-        run.generation_tokens_per_second / plain_run.generation_tokens_per_second
-        for run, plain_run in zip(runs, plain, strict=True)
-    ]
-    low, middle, high = quantiles(ratios, n=4, method="inclusive")
-    drafted, accepted = (
-        [sum(position) for position in zip(*(getattr(run, name) for run in runs), strict=True)]
-        for name in ("drafted", "accepted")
-    )
-    seconds = sum(run.generation_seconds for run in runs)
+def check_comparison(args: argparse.Namespace) -> None:
+    """Raise ValueError if the same weights cannot be measured in transformers."""
+    import_transformers()
+    if args.layers is not None:
+        raise ValueError("--layers: transformers would load every layer: leave out --against")
+
+
+def choose_sizes(
+    name: str, asked: list[int] | None, default: list[int], longest: int, skipped: list[str]
+) -> list[int]:
+    """The sizes asked for, or those of the default that fit; the others are told in `skipped`.
+
+    Raises ValueError for a size asked for that the model has too few positions for.
+    """
+    if asked is not None and max(asked) > longest:
+        raise ValueError(f"--{name} {max(asked)}: the model has positions for {longest} at most")
+    for size in default if asked is None else []:
+        if size > longest:
+            skipped.append(f"--{name} {size}: the model has positions for {longest} at most")
+    return [size for size in asked or default if size <= longest]
+
+
+def measure_model(args: argparse.Namespace, sections: set[str], report: dict[str, Any]) -> None:
+    """Load the model without its MTP modules, and put the figures of loading and speed into the
+    report."""
+    longest, skipped = read_config(args.model).max_length, report["skipped"]
+    prefills = choose_sizes("prefills", args.prefills, PREFILLS, longest, skipped)
+    contexts = choose_sizes("contexts", args.contexts, CONTEXTS, longest - 1, skipped)
+    load, device = partial(load_requested_model, args, mtp=False), find_device(args.device)
+    load_peer = partial(Peer, args.model, device) if args.against else None
+    if "load" in sections:
+        model, peer, report["load"] = measure_loading(load, load_peer, device)
+    else:
+        model = load()
+        peer = None if load_peer is None else load_peer(model.dtype)
+    report |= describe_model(model)
+    if args.profile is not None:
+        phases = [profile_prefill(model, length, args.profile) for length in prefills[:1]]
+        phases += [profile_decoding(model, length, args.profile) for length in contexts[:1]]
+        report["profile"] = phases
+    bench = Bench(model, peer, args.steps, args.compile)
+    if "prefill" in sections:
+        report["prefill"] = [bench.measure_prefill(length) for length in prefills]
+    if "decode" in sections:
+        of_contexts = [bench.measure_decoding(length, args.batches) for length in contexts]
+        report["decode"] = [figures for of_one in of_contexts for figures in of_one]
+    report["peak"] = peak_memory(device)
+
+
+def describe_model(model: Transformer) -> dict[str, Any]:
+    """What is measured, and where."""
+    counted = count_parameters(build_on_meta(model.config))
     return {
-        "draft_tokens": count,
-        "tokens_per_second": round(median(run.generation_tokens_per_second for run in runs), 1),
-        "speed_ratio": round(middle, 3),
-        "speed_ratio_quartiles": [round(low, 3), round(high, 3)],
-        "tokens_per_forward": round(
-            sum(run.generated_tokens - 1 for run in runs) / sum(run.forwards - 1 for run in runs), 3
-        ),
-        "acceptance": [round(a / d, 4) for a, d in zip(accepted, drafted, strict=True) if d],
-        "drafting_share": round(sum(run.drafting_seconds for run in runs) / seconds, 3),
+        "parameters": counted["total"],
+        "active_parameters": counted["active"],
+        "weight_bytes": count_bytes(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
     }
-
-
-def format_table(report: dict[str, Any]) -> str:
-    lines = [
-        f"{report['passages']} passages of {report['prompt_tokens']} tokens, each continued by "
-        f"{report['new_tokens']}, greedily",
-        "",
-        "drafts  tokens/s   speedup  (quartiles)     tokens/forward  in drafting  acceptance",
-    ]
-    for row in report["runs"]:
-        low, high = row["speed_ratio_quartiles"]
-        shares = ", ".join(f"{100 * share:.0f} %" for share in row["acceptance"])
-        cells = [
-            f"{row['draft_tokens']!s:<6}",
-            f"{row['tokens_per_second']:>8.1f}",
-            f"{row['speed_ratio']:>8.2f}",
-            f"({low:.2f} to {high:.2f})",
-            f"{row['tokens_per_forward']:>14.2f}",
-            f"{100 * row['drafting_share']:>9.0f} %",
-            shares,
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -95,7 +95,8 @@ class MultiHeadLatentAttention(nn.Module):
         plain = plain_weight(self.kv_expand) is not None
         absorbing = plain and absorbing_pays(x_BTD.shape[1], kept_BSW.shape[1], c)
         form = self.attend_absorbed if absorbing else self.attend_expanded
-        return self.o(form(q_BTHP, q_BTHR, kept_BSW, step, keys_BS).flatten(2))
+        y_BTHM = form(q_BTHP, q_BTHR, kept_BSW, step, keys_BS)
+        return self.o(y_BTHM.flatten(2).contiguous())  # torch multiplies other strides row by row
 
     def attend_expanded(
         self,

@@ -405,7 +405,8 @@ def test_every_command_works_on_it(pristine, tmp_path, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["ids"] == ours["ids"]
     assert main(["probe-mtp", path, str(text), "--max-tokens", "40", "--draft-tokens", "2"]) == 0
     sizes = ["--passages", "2", "--prompt-tokens", "8", "--new-tokens", "4", "--draft-tokens", "1"]
-    assert main(["bench", path, str(text), *sizes]) == 0
+    drafts = ["--sections", "drafts", "--text", str(text)]
+    assert main(["bench", path, *drafts, *sizes]) == 0
     training = ["--text", str(text), "--steps", "2", "--batch-size", "2", "--sequence-length", "16"]
     out = ["--out", str(tmp_path / "run")]
     assert main(["train", *training, *out, "--start-from", path]) == 0

@@ -14,7 +14,7 @@ from tiny import plain_activation
 
 import moe.experts
 from moe import Biases, Clamp, Experts, Routing, experts_grouped, experts_loop
-from moe.experts import grouping_pays, weigh
+from moe.experts import grouping_pays
 from moe.feed_forward import clamped_swiglu, swiglu
 
 quick = settings(deadline=None, max_examples=40)
@@ -205,12 +205,16 @@ def test_grouped_stays_close_to_the_loop_in_bfloat16_and_returns_bfloat16():
     assert error_ND.max() < 0.02 * exact_ND.abs().max()
 
 
-def test_a_tokens_experts_are_summed_in_the_weights_precision_and_rounded_once():
+@pytest.mark.parametrize("run", TWINS)
+def test_a_tokens_experts_are_summed_in_the_weights_precision_and_rounded_once(run):
     # In bfloat16 256 + 1 is 256, so rounding after every expert would lose both ones.
-    y_NKD = torch.tensor([[[256.0], [1.0], [1.0]]], dtype=torch.bfloat16)
-    y_ND = weigh(y_NKD, torch.ones(1, 3))
-    assert y_ND.dtype == torch.float32
-    assert y_ND.item() == 258.0
+    outputs_E = torch.tensor([256.0, 1.0, 1.0], dtype=torch.bfloat16)
+    copy_EFD = torch.eye(8, dtype=torch.bfloat16).expand(3, 8, 8).contiguous()
+    down_EDF = outputs_E[:, None, None] * copy_EFD
+    x_ND, experts_NK = torch.ones(1, 8, dtype=torch.bfloat16), torch.tensor([[0, 2, 1]])
+    stacks = copy_EFD, copy_EFD, down_EDF
+    y_ND = run(x_ND, torch.ones(1, 3), experts_NK, *stacks, activation=lambda gate, up: up)
+    assert y_ND.tolist() == [[258.0] * 8]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +235,13 @@ def test_a_tokens_experts_are_summed_in_the_weights_precision_and_rounded_once()
 def test_grouping_pays_where_it_can_run_and_has_several_tokens(pays, because, dtype, N, D, F):
     x_ND, weights_NK, experts_NK, *stacks = make_inputs(N, 6, 2, D, F)
     x_ND, *stacks = (tensor.to(dtype) for tensor in (x_ND, *stacks))
-    assert grouping_pays(x_ND, stacks[0]) is pays, because
+    assert not grouping_pays(x_ND, stacks[0]), "nothing has a gradient"
+    for trained in (x_ND, stacks[0]):
+        trained.requires_grad_()
+        assert grouping_pays(x_ND, stacks[0]) is pays, because
+        with torch.no_grad():
+            assert not grouping_pays(x_ND, stacks[0]), "no gradient is wanted"
+        trained.requires_grad_(False)
     if pays:
         assert experts_grouped(x_ND, weights_NK, experts_NK, *stacks).shape == (N, D)
 
@@ -280,7 +290,9 @@ def test_experts_run_the_twin_that_the_rule_picks(dtype, twin, monkeypatch):
     for name in ("experts_loop", "experts_grouped"):
         monkeypatch.setattr(moe.experts, name, lambda *inputs, name=name: ran.append(name))
     experts(x_ND, routing)
-    assert ran == [twin]
+    with torch.no_grad():
+        experts(x_ND, routing)
+    assert ran == [twin, "experts_loop"]
 
 
 @st.composite

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tools import held_out
+from tools import floor, held_out
 from tools.__main__ import main
 from tools.make_tiny import CONFIGS
 
@@ -22,6 +22,8 @@ class Terminal(io.StringIO):
 def folder(pristine, tmp_path, monkeypatch):
     """A model, a text and the config of a model to train."""
     monkeypatch.setattr(held_out, "NUM_PROMPTS", 2)
+    monkeypatch.setattr(floor, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(floor, "PRODUCT_WIDTH", 64)
     books = ["".join(STORY.format(i=10 * book + i) for i in range(20)) for book in range(4)]
     (tmp_path / "text.txt").write_text("\n\n\n".join(books), encoding="utf-8")
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["deepseek_v3"]))
@@ -30,13 +32,17 @@ def folder(pristine, tmp_path, monkeypatch):
 
 
 BRIEF = "--new-tokens 4 --passages 2 --draft-tokens 1"
+DECODING = "--contexts 8 --batches 1 --steps 3"
 TRAINING = "--steps 2 --batch-size 2 --sequence-length 24"
 COMMANDS = [
     ("generate --model MODEL --prompt Once --max-new-tokens 2", {"loading"}),
     ("convert MODEL OUT", {"writing"}),
     ("verify MODEL --values", {"reading"}),
     ("make-tiny mixtral OUT", {"writing"}),
-    (f"bench MODEL TEXT {BRIEF}", {"loading", "passage/s"}),
+    (
+        f"bench MODEL --text TEXT --sections decode drafts {DECODING} {BRIEF}",
+        {"loading", "round/s", "decoding 1 after 8", "passage/s"},
+    ),
     ("probe-mtp MODEL TEXT --max-tokens 64", {"loading", "piece/s"}),
     (
         f"train --text TEXT --out OUT --start-from MODEL {TRAINING}",
