@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from modeling import ModelConfig, Transformer
+from modeling import ModelConfig, QuantizedWeight, Transformer
 
 from .contents import (
     Contents,
@@ -22,9 +22,11 @@ from .contents import (
     find_integers,
     find_shared_parameters,
 )
+from .mapped import DEFAULT_MEMORY, check_expert_options, map_experts, take_experts
 from .mapping import Entry
 from .precision import check_dtype, find_exact
 from .published_config import read_config
+from .quantize import check_quantize, place_quantized, read_quantized
 from .storage.shards import INTEGERS, READABLE, Shards, open_shards, raise_any
 from .storage.weights import Weight
 
@@ -34,9 +36,12 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     mtp: bool = True,
+    experts: str = "resident",
+    quantize: str | None = None,
     layers: int | None = None,
     classes: Sequence[type] = (),
     progress: bool = True,
+    expert_memory: int | None = None,
 ) -> Transformer:
     """Load the model of a checkpoint directory, in eval mode and without gradients.
 
@@ -45,11 +50,24 @@ def load_model(
     least, and integers stay as they are.
     mtp: load the MTP modules. If the config announces modules and the files hold no tensor of
     them, the model is loaded without modules, with a warning.
+    experts: "resident" loads the routed experts like everything else; "mapped" leaves each in its
+    file until a token needs it, for models larger than memory. Mapped experts give the same
+    results, bit for bit on a CPU, and cannot be trained, converted or saved. Those of
+    `moe.Experts` are meant; experts of other classes are loaded.
+    quantize: "int8" or "int4" holds matrices of attention and feed-forward as integer codes, each
+    quantised while it is read, and a head in int8. Such a model only runs, on CPUs. Routers, norms,
+    embedding, a tied head, MLA's `kv_expand` and modules of other classes stay as they are, and so
+    do matrices whose rows are no multiple of 32 numbers.
     layers: load only the first `layers` layers, without MTP modules.
     classes: config classes from outside the package that a file in our own format may name.
+    expert_memory: bytes for the mapped experts used last, of all layers; None: 4 GiB; 0: keep none.
+    While experts are read, up to five more are in memory. `expert_statistics` tells how it went.
     Raises CheckpointError (a ValueError) for any missing, unexpected, misshapen or unknown tensor
-    or config field, and ValueError for a dtype that weights cannot have.
+    or config field, and ValueError for a dtype that weights cannot have and for other arguments
+    that do not fit.
     """
+    check_expert_options(experts, expert_memory, quantize)
+    check_quantize(quantize, torch.device(device))
     check_dtype(dtype, READABLE.values())
     directory = Path(path)
     config = read_config(directory, classes)
@@ -58,10 +76,22 @@ def load_model(
         raise_any(contents.errors)
         for note in contents.notes:
             warnings.warn(note, stacklevel=2)
-        state = read_entries(contents, shards, torch.device(device), dtype, progress)
+        mapped = {}
+        if experts == "mapped":
+            dtypes = choose_dtypes(contents, shards, dtype)
+            mapped = take_experts(contents, shards, dtypes, torch.device(device))
+        quantized: dict[str, QuantizedWeight] = {}
+        rest = contents
+        if quantize is not None:
+            dtypes = choose_dtypes(contents, shards, dtype)
+            quantized, rest = read_quantized(contents, shards, dtypes, quantize, progress)
+        state = read_entries(rest, shards, torch.device(device), dtype, progress)
         warn_of_unused_copies(contents, shards, state)
         model = untie_stored_head(contents, shards, state)
-    state.setdefault("head.weight", state["embed.weight"])
+    map_experts(model, mapped, DEFAULT_MEMORY if expert_memory is None else expert_memory)
+    state |= place_quantized(model, quantized)
+    if model.config.tied_embeddings:
+        state["head.weight"] = state["embed.weight"]
     shared = find_shared_parameters(model)
     model.load_state_dict(state, strict=True, assign=True)  # which separates them
     for name, other in shared.items():
@@ -73,7 +103,7 @@ def load_model(
 def warn_of_unused_copies(contents: Contents, shards: Shards, state: dict[str, Tensor]) -> None:
     """Warn of each tensor that should repeat one of ours and does not."""
     for copy in contents.copies:
-        if read_if_different(copy, contents, shards, state[copy.ours[0]]) is not None:
+        if read_if_different(copy, contents, shards, state.get(copy.ours[0])) is not None:
             message = (
                 f"{copy.published} differs from the tensor it repeats and is not used; "
                 "set mtp_own_embedding or mtp_own_head in config.json to use it"

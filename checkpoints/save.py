@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling import ModelConfig, Transformer
+from modeling import ModelConfig, QuantizedMatrix, QuantizedWeight, Transformer
 from moe import ConfigError
 
 from .config_file import CheckpointError, Fields
 from .contents import build_on_meta, find_shared_parameters, list_entries, own_state
 from .families import native
-from .mapping import Family
+from .mapping import Entry, Family
 from .precision import Precision
 from .published_config import find_family
+from .storage.quantization_config import make_config
 from .storage.shards import INTEGERS, READABLE, list_some
-from .storage.writing import FP8, FP8_CONFIG, PlannedTensor, write_checkpoint
+from .storage.writing import FP8, FP8_CONFIG, PlannedTensor, plan_packed, write_checkpoint
 
 NATIVE_HINT = f'save_model(model, path, to="{native.MODEL_TYPE}") writes it in our own format'
 
@@ -43,6 +44,8 @@ def save_model(
     tensors that a module calls `exact` keep their dtype.
     to: "abacus" for our own format, which can hold every model; None for the layout of the family
     in `config.published`, or for our own format if that is empty.
+    A model that was loaded with `quantize` keeps its codes, as packed integers of compressed-
+    tensors; layouts that hold all experts in one tensor cannot store those.
     Raises CheckpointError if `path` exists and is not empty, or if the model differs from what its
     config or `config.published` describes.
     """
@@ -57,7 +60,7 @@ def plan_checkpoint(
     """The config.json and the tensors that `save_model` writes; raises the same errors."""
     model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     family, config_json = choose_layout(model.config, to)
-    described, state = build_on_meta(model.config), own_state(model)
+    described, (state, quantized) = build_on_meta(model.config), split_state(model)
     check_tensors(state, own_state(described))
     check_shared_parameters(model, described)
     precision = Precision(described, dtype, stacks=family.rules is None)
@@ -66,13 +69,52 @@ def plan_checkpoint(
         entries = list_entries(family, described)
     except ValueError as error:
         raise CheckpointError(f"{error}; {NATIVE_HINT}") from None
-    tensors = []
+    tensors: list[PlannedTensor] = []
+    schemes = {}
     for entry in entries:
         ours = entry.ours[0]
+        if ours in quantized:
+            weight = take_matrix(entry, quantized[ours], dtype)
+            schemes[entry.published] = weight.form
+            tensors += plan_packed(entry.published, weight)
+            continue
         kept = precision.choose(ours, entry.published, entry.shape, state[ours].dtype)
         make = partial(entry.take, whole)
         tensors.append(PlannedTensor(entry.published, entry.shape, kept, make))
-    return update_dtype(config_json, model.dtype, dtype), tensors
+    config_json = update_dtype(config_json, model.dtype, dtype)
+    if schemes:
+        plain = {e.published for e in entries if len(e.shape) == 2} - schemes.keys()
+        config_json["quantization_config"] = make_config(schemes, plain)
+    return config_json, tensors
+
+
+def split_state(model: Transformer) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
+    """The model's tensors by our names, quantised ones on the meta device; and those, as held."""
+    modules = model.named_modules()
+    held = {path: module for path, module in modules if isinstance(module, QuantizedWeight)}
+    state = own_state(model)
+    for name, weight in held.items():
+        for part in weight.state_dict():
+            del state[f"{name}.{part}"]
+        state[name] = torch.empty(weight.shape, dtype=weight.scale.dtype, device="meta")
+    return state, held
+
+
+def take_matrix(
+    entry: Entry, weight: QuantizedWeight, dtype: torch.dtype | None
+) -> QuantizedMatrix:
+    """The matrix of an entry; CheckpointError if its codes cannot be stored as they are."""
+    advice = "load the model without quantize and save that"
+    if dtype is not None:
+        raise CheckpointError(f"dtype = {dtype}: the model is quantised: {advice}")
+    if weight.scale.dtype == torch.float64:
+        raise CheckpointError(f"{entry.published} has scales in float64: {advice}")
+    if len(entry.shape) != 2 or entry.pattern is not None:
+        raise CheckpointError(
+            f"{entry.published} holds several matrices in one tensor, which packed integers cannot "
+            f"store: {advice}"
+        )
+    return weight.matrix if entry.expert is None else weight[entry.expert]
 
 
 def check_format(to: str | None) -> None:

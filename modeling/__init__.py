@@ -22,6 +22,18 @@ from .linear import plain_weight
 from .loss import mtp_loss, next_token_loss
 from .model import Transformer
 from .norm import RMSNorm
+from .quantized import (
+    Codes,
+    Format,
+    Int4,
+    Int8,
+    QuantizedExperts,
+    QuantizedLinear,
+    QuantizedMatrix,
+    QuantizedWeight,
+    choose_format,
+    quantize_matrix,
+)
 from .record import LayerStates, record_attention, record_states
 from .rope import RopeConfig, YarnConfig, rotate
 from .step import Step

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -10,13 +11,22 @@ from typing import Any
 
 import torch
 
-from checkpoints import TextStream, Tokenizer, check_vocabulary, load_model, load_tokenizer
+from checkpoints import (
+    TextStream,
+    Tokenizer,
+    build_on_meta,
+    check_vocabulary,
+    expert_statistics,
+    load_model,
+    load_tokenizer,
+)
 from modeling import GenerationStatistics, Transformer, generate
 
 from .corpus import read_text
 from .describe import count_parameters, count_plain_cache_bytes
 
 SHIPPED = Path(__file__).parent.parent / "checkpoints" / "pretrained"
+UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -67,13 +77,50 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="cpu", help="any device torch knows: cpu, cuda, cuda:1, mps ...")
     add("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
+    add(
+        "--quantize",
+        choices=("int8", "int4"),
+        help="hold matrices as integer codes of so many bits, which a CPU reads faster",
+    )
     add("--layers", type=int, help="load only this many first layers, without MTP modules")
+    add(
+        "--experts",
+        choices=("resident", "mapped"),
+        default="resident",
+        help="mapped: leave each expert in its file until a token needs it, for models larger than "
+        "memory",
+    )
+    add(
+        "--expert-memory",
+        type=parse_bytes,
+        help="bytes for the mapped experts that were used last, as 512MiB or 1.5GiB (default: "
+        "4GiB); 0: keep none",
+    )
 
 
 def load_requested_model(args: argparse.Namespace, mtp: bool = True) -> Transformer:
     """Load the model of the arguments, on their device and in their dtype."""
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    return load_model(args.model, find_device(args.device), dtype, mtp, args.layers)
+    if args.expert_memory is not None and args.experts != "mapped":
+        raise ValueError("--expert-memory is for mapped experts: it needs --experts mapped")
+    return load_model(
+        args.model,
+        device=find_device(args.device),
+        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        mtp=mtp,
+        experts=args.experts,
+        quantize=args.quantize,
+        layers=args.layers,
+        expert_memory=args.expert_memory,
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """A size as 4096, 512MiB or 1.5GiB, in bytes."""
+    found = re.fullmatch(r"(\d+|\d+\.\d+(?=.))([KMGT]iB|)", text, re.ASCII)
+    if found is None:
+        told = "is no size: expected bytes, or a number and KiB, MiB, GiB or TiB, as 1.5GiB"
+        raise argparse.ArgumentTypeError(f"{text!r} {told}")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def parse_draft_tokens(text: str) -> int | str:
@@ -196,8 +243,8 @@ def text_of(tokenizer: Tokenizer, prompt_ids: list[int], ids: list[int]) -> str:
 
 def collect_figures(model: Transformer, statistics: GenerationStatistics) -> dict[str, Any]:
     """The sizes, counts and times that --json prints beside the text."""
-    parameters = count_parameters(model)
-    return {
+    parameters = count_parameters(build_on_meta(model.config))  # mapped experts are no parameters
+    figures = {
         "total_parameters": parameters["total"],
         "active_parameters": parameters["active"],
         "prompt_tokens": statistics.prompt_tokens,
@@ -217,6 +264,11 @@ def collect_figures(model: Transformer, statistics: GenerationStatistics) -> dic
         "drafting_seconds": round(statistics.drafting_seconds, 4),
         "verifying_seconds": round(statistics.verifying_seconds, 4),
     }
+    if experts := expert_statistics(model):
+        figures["expert_hit_rate"] = round(experts.hit_rate, 4)
+        figures["expert_bytes_read"] = experts.bytes_read
+        figures["expert_seconds_waited"] = round(experts.seconds_waited, 4)
+    return figures
 
 
 def format_figures(figures: dict[str, Any]) -> str:
@@ -234,6 +286,12 @@ def format_figures(figures: dict[str, Any]) -> str:
         + (f" and {constant:,} constant" if constant else "")
         + (f"; plain multi-head attention: {plain:,}" if plain is not None else ""),
     ]
+    if "expert_hit_rate" in figures:
+        lines.append(
+            f"experts      {100 * figures['expert_hit_rate']:.1f} % in memory when needed, "
+            f"{figures['expert_bytes_read']:,} bytes read, "
+            f"{figures['expert_seconds_waited']:.2f} s of waiting"
+        )
     if any(figures["drafted_tokens"]):
         lines += format_draft_figures(figures)
     return "\n" + "\n".join(lines)

@@ -1,9 +1,11 @@
 """The quantization_config of a published config: what is supported, and the scheme of a weight."""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from modeling import Format
 from moe import ConfigError
 
 from ..config_file import CheckpointError, Fields
@@ -83,3 +85,33 @@ def find_scheme(weight: str, quantization: Mapping[str, Any]) -> Mapping[str, An
         if any(target[:1].isupper() for target in group["targets"]):
             by_class = by_class or group["weights"]
     return by_class
+
+
+def make_config(formats: Mapping[str, Format], plain: Collection[str]) -> dict[str, Any]:
+    """The quantization_config of compressed-tensors for packed weights of these formats.
+
+    plain: the names of the matrices that are stored as they are. The most frequent format is that
+    of the class of linear layers; the modules of others are listed, in groups that come first.
+    """
+    groups = []
+    for form, _ in reversed(Counter(formats.values()).most_common()):
+        names = [w.removesuffix(".weight") for w, other in formats.items() if other == form]
+        groups.append((names, make_scheme(form)))
+    groups[-1] = (["Linear"], groups[-1][1])
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMATS[1],
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": {"targets": targets, "weights": scheme}
+            for i, (targets, scheme) in enumerate(groups)
+        },
+        "ignore": sorted(name.removesuffix(".weight") for name in plain),
+    }
+
+
+def make_scheme(form: Format) -> dict[str, Any]:
+    grouped = form.group_size is not None
+    scheme = {"num_bits": form.bits, "type": "int", "symmetric": True, "dynamic": False}
+    scheme["strategy"] = "group" if grouped else "channel"
+    return scheme | ({"group_size": form.group_size} if grouped else {})

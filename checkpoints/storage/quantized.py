@@ -97,6 +97,15 @@ def unpack_integers(packed_NW: Tensor, bits: int) -> Tensor:
     return out_NWJ.flatten(-2)
 
 
+def pack_integers(codes_NK: Tensor, bits: int) -> Tensor:
+    """Undo `unpack_integers` for rows of whole words: (N, K) int8 -> int32 (N, W)."""
+    codes_NWJ = codes_NK.unflatten(-1, (-1, 32 // bits)).int() + 2 ** (bits - 1)
+    packed_NW = torch.zeros_like(codes_NWJ[..., 0])
+    for j, codes_NW in enumerate(codes_NWJ.unbind(-1)):
+        packed_NW |= codes_NW << (j * bits)
+    return packed_NW
+
+
 def dequantize_groups(
     packed_NW: Tensor,
     scale_NG: Tensor,

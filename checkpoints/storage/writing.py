@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from modeling import QuantizedMatrix
+
 from ..config_file import CheckpointError
-from .quantized import block_grid, quantize_blocks
+from .quantized import block_grid, pack_integers, quantize_blocks
 from .shards import INDEX, SINGLE
 
 ALIGNED = 16  # bytes: no dtype is wider
@@ -56,6 +58,27 @@ class PlannedTensor:
     def make_tensors(self) -> dict[str, Tensor]:
         names = [self.name, self.name + "_scale_inv"]
         return dict(zip(names, self.encode(self.make()), strict=False))
+
+
+def plan_packed(name: str, matrix: QuantizedMatrix) -> list[PlannedTensor]:
+    """The packed integers, scales and shape of a quantised weight (compressed-tensors)."""
+    (O, I), bits = matrix.shape, matrix.form.bits  # noqa: E741
+    groups, scale_dtype = I // (matrix.form.group_size or I), matrix.scale.dtype
+
+    def pack() -> Tensor:
+        return pack_integers(matrix.codes.codes_OI, bits)
+
+    def take_scale() -> Tensor:
+        return matrix.codes.scale_OG
+
+    def take_shape() -> Tensor:
+        return torch.tensor([O, I])
+
+    return [
+        PlannedTensor(name + "_packed", (O, I * bits // 32), torch.int32, pack),
+        PlannedTensor(name + "_scale", (O, groups), scale_dtype, take_scale),
+        PlannedTensor(name + "_shape", (2,), torch.int64, take_shape),
+    ]
 
 
 def write_checkpoint(
