@@ -113,6 +113,7 @@ def generate(
     seed: int | None = None,
     stop_ids: Sequence[int] = (),
     draft_tokens: DraftCount = 0,
+    prefill_chunk: int = 2048,
 ) -> Generation:
     """Continue one sequence: an iterator of token ids that ends before a stop id.
 
@@ -120,17 +121,20 @@ def generate(
     draft_tokens: how many tokens the MTP modules draft per round, or "auto" for the number that is
     measured to be fastest. Drafts change the speed: greedy text stays the same, and sampled text
     keeps its distribution, but not its draws (with "auto" the draws depend on measured times).
+    prefill_chunk: the most tokens of a prompt that one forward reads, which bounds its memory.
     Raises ValueError for an empty prompt, ids outside the vocabulary, a length beyond the model's
     max_length, a setting outside its range, drafts without MTP modules, and a model in which the
     routing of a token depends on later tokens.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     statistics = GenerationStatistics()
+    check_chunk(prefill_chunk)
     rows = make_rows(model, [prompt_ids], max_new_tokens, draft_tokens, seed)
     stop_set = set(read_ids(stop_ids, "stop_ids"))
     rule = make_count_rule(draft_tokens, max_new_tokens)
     run = without_gradients(model)(decode)
-    return Generation(run(model, rows, sampling, stop_set, rule, statistics), statistics)
+    rounds = run(model, rows, sampling, stop_set, rule, statistics, prefill_chunk)
+    return Generation(rounds, statistics)
 
 
 def generate_batch(
@@ -144,6 +148,7 @@ def generate_batch(
     seed: int | None = None,
     stop_ids: Sequence[int] = (),
     draft_tokens: DraftCount = 0,
+    prefill_chunk: int = 2048,
 ) -> list[list[int]]:
     """Continue several sequences together; each row equals its own `generate` with these arguments.
 
@@ -151,14 +156,20 @@ def generate_batch(
     draws differ from those of a run alone; greedy text does not.) Raises ValueError as `generate`.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    check_chunk(prefill_chunk)
     rows = make_rows(model, prompts, max_new_tokens, draft_tokens, seed)
     stop_set = set(read_ids(stop_ids, "stop_ids"))
     rule = make_count_rule(draft_tokens, max_new_tokens)
     prompt_lengths = [len(row.tokens) for row in rows]
     run = without_gradients(model)(decode)
-    for _ in run(model, rows, sampling, stop_set, rule, GenerationStatistics()):
+    for _ in run(model, rows, sampling, stop_set, rule, GenerationStatistics(), prefill_chunk):
         pass
     return [row.tokens[length:] for row, length in zip(rows, prompt_lengths, strict=True)]
+
+
+def check_chunk(prefill_chunk: int) -> None:
+    if not hasattr(prefill_chunk, "__index__") or prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk = {prefill_chunk!r}: must be a whole number >= 1")
 
 
 def make_count_rule(draft_tokens: DraftCount, max_new_tokens: int) -> FixedCount | MeasuredCount:
@@ -190,6 +201,7 @@ def decode(
     stop_ids: set[int],
     rule: FixedCount | MeasuredCount,
     statistics: GenerationStatistics,
+    prefill_chunk: int,
 ) -> Iterator[list[list[int]]]:
     """Generate in rounds; yield each round's new tokens, a list for each row."""
     if not rows or all(row.limit == len(row.tokens) for row in rows):
@@ -203,6 +215,10 @@ def decode(
     with gather_weights(model):
         while unfinished := [row for row in rows if not row.finished]:
             started, old_lengths = time.perf_counter(), cache.lengths
+            for states in read_long_prompts(model, rows, cache, prefill_chunk):
+                if drafter is not None:
+                    drafter.add_states(select_new_states(model, rows, states, old_lengths, cache))
+                old_lengths = cache.lengths
             states, logits = verify_drafts(model, rows, cache)
             extend_rows(rows, logits, sampling, stop_ids)
             remove_rejected(cache, rows)
@@ -236,6 +252,19 @@ def gather_weights(model: Transformer) -> Iterator[None]:
         yield
     finally:
         reshard()
+
+
+def read_long_prompts(
+    model: Transformer, rows: list[Row], cache: Cache, chunk: int
+) -> Iterator[States]:
+    """Read what is not in the cache, up to the last `chunk` tokens of each row, in such pieces."""
+    while any(len(r.tokens) - n > chunk for r, n in zip(rows, cache.lengths, strict=True)):
+        inputs = [
+            [] if row.finished else row.tokens[length : min(length + chunk, len(row.tokens) - 1)]
+            for row, length in zip(rows, cache.lengths, strict=True)
+        ]
+        counts = [len(tokens) for tokens in inputs]
+        yield model.hidden_states(pad_tokens(inputs, model.device), cache, counts)
 
 
 def verify_drafts(

@@ -701,3 +701,16 @@ def test_describe_takes_a_config_alone(pristine, command):
 def test_describe_of_garbage_is_one_line(command, tmp_path):
     (tmp_path / "x").write_bytes(os.urandom(1000) + b"\xff")
     assert "x: not UTF-8" in refused(command("describe", tmp_path / "x"))
+
+
+def test_decoding_is_compiled_if_asked(pristine, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr("tools.generate.compile_decoding", compiled.append)
+    command = ["generate", "--model", str(pristine()), "--prompt", "king", "--max-new-tokens", "2"]
+    assert main(command) == 0
+    assert compiled == []
+    assert main([*command, "--compile", "--prefill-chunk", "1"]) == 0
+    assert len(compiled) == 1
+    capsys.readouterr()
+    assert main([*command, "--prefill-chunk", "0"]) == 2
+    assert "prefill_chunk = 0: must be a whole number >= 1" in capsys.readouterr().err

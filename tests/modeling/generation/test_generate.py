@@ -207,3 +207,33 @@ def test_drafts_need_modules():
         generate(model, [1], 3, draft_tokens=1)
     with pytest.raises(ValueError, match="MTP modules"):
         generate(model, [1], 3, draft_tokens="auto")
+
+
+@settings(max_examples=12)
+@given(
+    st.sampled_from(sorted(MODELS)),
+    st.lists(prompt_lists, min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.sampled_from([0, 2]),
+)
+def test_prompts_read_in_chunks_change_no_token(which, prompts, chunk, draft_tokens):
+    model, sizes = MODELS[which], []
+    hook = model.embed.register_forward_hook(lambda *inputs: sizes.append(inputs[1][0].shape[1]))
+    try:
+        chunked = generate_batch(model, prompts, 8, draft_tokens=draft_tokens, prefill_chunk=chunk)
+    finally:
+        hook.remove()
+    assert chunked == generate_batch(model, prompts, 8, draft_tokens=draft_tokens)
+    if draft_tokens == 0:
+        assert max(sizes) <= chunk
+    elif len(prompts) == 1:
+        generation = generate(model, prompts[0], 8, draft_tokens=2, prefill_chunk=chunk)
+        assert list(generation) == chunked[0]
+        assert generation.statistics.prompt_tokens == len(prompts[0])
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 1.5, None])
+def test_a_chunk_that_is_no_count_is_refused(chunk):
+    for run, prompt in ((generate, [1]), (generate_batch, [[1]])):
+        with pytest.raises(ValueError, match=r"prefill_chunk = .*: must be a whole number >= 1"):
+            run(MODELS["gqa", 1], prompt, 1, prefill_chunk=chunk)
