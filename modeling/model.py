@@ -98,7 +98,8 @@ class Transformer(nn.Module):
             raise ValueError(f"logits_to_keep = {logits_to_keep}: must be >= 1")
         x_BTD = self.hidden_states(tokens_BT, cache).normed_BTD
         if logits_to_keep is not None:  # cloned: to multiply a slice, torch would copy the matrix
-            x_BTD = x_BTD[:, -logits_to_keep:].clone(memory_format=torch.contiguous_format)
+            x_BtD = x_BTD[:, -logits_to_keep:].clone(memory_format=torch.contiguous_format)
+            return self.logits(x_BtD)
         return self.logits(x_BTD)
 
     def hidden_states(

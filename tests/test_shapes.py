@@ -92,7 +92,9 @@ MODELS = {
     "mla": transformer(model_config(mla(), mtp=2)),
     "mla with yarn": transformer(model_config(mla(query_rank=None, rope=STRETCHED), mtp=1)),
     "gqa": transformer(model_config(gqa(), mtp=3)),
-    "grouped": transformer(model_config(gqa(), d_model=12, layers=(EVEN,)), torch.float32),
+    "grouped": transformer(
+        model_config(gqa(), d_model=12, layers=(EVEN,)), torch.float32
+    ).requires_grad_(True),  # the rule groups where gradients are wanted
     "routers with empty slots": transformer(sized(layers=ROUTERS, mtp=modules(ROUTERS, 2))),
     "recurrent state": transformer(sized(layers=OUTSIDE, mtp=modules(OUTSIDE[:1], 1))),
     **{name: transformer(config(mtp=2)) for name, config in VARIED.items()},

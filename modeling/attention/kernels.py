@@ -3,8 +3,8 @@
 All compute softmax(scale * q k^T + causal mask) v, as `attend` describes.
 
 Shapes: B batch, T new tokens, S keys to attend to, H heads, J key-value heads, G = H / J, P head
-width, M value width, t queries and s keys of a block, r = G * t query rows of a key head, n pieces
-of L keys.
+width, M value width, t queries and s keys of a block, z = s + 1, r = G * t query rows of a key
+head, n pieces of L keys.
 """
 
 from functools import partial
@@ -96,19 +96,20 @@ def attend_in_blocks(
         end, first, last = min(start + size, T), 0, S
         if keys_BS is None:  # the queries' own keys, which stand in order
             first, last = 0 if window is None else max(0, start + 1 - window), end
-        seen_BS = (step.positions_BT if keys_BS is None else keys_BS)[:, first:last]
-        mask_B1tS = mask_keys(Step(step.positions_BT[:, start:end]), seen_BS, window)
+        seen_Bs = (step.positions_BT if keys_BS is None else keys_BS)[:, first:last]
+        mask_B1ts = mask_keys(Step(step.positions_BT[:, start:end]), seen_Bs, window)
         q_brP = rearrange(q_BHTP[:, :, start:end], "B (J G) t P -> (B J) (G t) P", J=J)
         none = q_brP.new_zeros(())
-        scores_brS = torch.baddbmm(none, q_brP, k_bPS[..., first:last], beta=0, alpha=scale)
-        scores_BHtS = scores_brS.view(B, H, end - start, last - first).masked_fill(
-            ~mask_B1tS, -torch.inf
-        )
+        scores_brs = torch.baddbmm(none, q_brP, k_bPS[..., first:last], beta=0, alpha=scale)
+        scores_BHts = scores_brs.view(B, H, end - start, last - first)
+        scores_BHts = scores_BHts.masked_fill(~mask_B1ts, -torch.inf)
         if sinks_H is not None:
             sink_BHt1 = sinks_H[:, None, None].expand(B, H, end - start, 1)
-            scores_BHtS = torch.cat([scores_BHtS, sink_BHt1.to(scores_BHtS.dtype)], dim=-1)
-        weights_BHtS = scores_BHtS.softmax(dim=-1)[..., : last - first]
-        y_brM = weights_BHtS.reshape_as(scores_brS) @ v_bSM[:, first:last]
+            scores_BHtz = torch.cat([scores_BHts, sink_BHt1.to(scores_BHts.dtype)], dim=-1)
+            weights_BHts = scores_BHtz.softmax(dim=-1)[..., :-1]
+        else:
+            weights_BHts = scores_BHts.softmax(dim=-1)
+        y_brM = weights_BHts.reshape_as(scores_brs) @ v_bSM[:, first:last]
         blocks.append(y_brM.view(B, H, end - start, v_BJSM.shape[3]))
     return torch.cat(blocks, dim=2)
 
