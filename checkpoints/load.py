@@ -22,7 +22,13 @@ from .contents import (
     find_integers,
     find_shared_parameters,
 )
-from .mapped import DEFAULT_MEMORY, check_expert_options, map_experts, take_experts
+from .mapped import (
+    DEFAULT_MEMORY,
+    StoredExperts,
+    check_expert_options,
+    map_experts,
+    take_experts,
+)
 from .mapping import Entry
 from .precision import check_dtype, find_exact
 from .published_config import read_config
@@ -76,14 +82,12 @@ def load_model(
         raise_any(contents.errors)
         for note in contents.notes:
             warnings.warn(note, stacklevel=2)
-        mapped = {}
-        if experts == "mapped":
-            dtypes = choose_dtypes(contents, shards, dtype)
-            mapped = take_experts(contents, shards, dtypes, torch.device(device))
+        mapped: dict[str, StoredExperts] = {}
         quantized: dict[str, QuantizedWeight] = {}
-        rest = contents
+        dtypes, rest = choose_dtypes(contents, shards, dtype), contents
+        if experts == "mapped":
+            mapped, rest = take_experts(contents, shards, dtypes, torch.device(device))
         if quantize is not None:
-            dtypes = choose_dtypes(contents, shards, dtype)
             quantized, rest = read_quantized(contents, shards, dtypes, quantize, progress)
         state = read_entries(rest, shards, torch.device(device), dtype, progress)
         warn_of_unused_copies(contents, shards, state)

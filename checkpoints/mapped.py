@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -27,7 +27,7 @@ from moe import Biases, Experts, Routing, experts_loop
 
 from .config_file import CheckpointError
 from .contents import Contents
-from .mapping import Entry, unpack
+from .mapping import Entry
 from .storage.mapped_files import MappedFile, MappedShards, Span
 from .storage.shards import Shards, StoredTensor
 from .storage.weights import Weight
@@ -87,10 +87,7 @@ class StoredExperts:
             wanted = (self.dtypes[names[0]], self.device) if weight.quantized else (None, "cpu")
             tensor = weight.read(shards, *wanted)
             found.spans.extend(shards.spans)
-            pieces = tensor[None]
-            if entry.pattern is not None:
-                pieces = unpack(tensor, entry.pattern, [tensor] * len(names))
-            for name, piece in zip(names, pieces, strict=True):
+            for name, piece in zip(names, entry.split(tensor), strict=True):
                 part, dtype = piece[0] if sliced else piece, self.dtypes[name]
                 found.parts[name] = self.place(part, expert, dtype, moved=weight.quantized)
         return found
@@ -270,9 +267,9 @@ class MappedExperts(nn.Module):
 
 def take_experts(
     contents: Contents, shards: Shards, dtypes: Mapping[str, torch.dtype], device: torch.device
-) -> dict[str, StoredExperts]:
-    """Take the entries of routed experts out of `contents`; returns {path of a module: what stores
-    its experts}, with their files mapped."""
+) -> tuple[dict[str, StoredExperts], Contents]:
+    """Map the files of routed experts: {path of a module: what stores its experts}; also returns
+    the contents without them."""
     stored: dict[str, StoredExperts] = {}
     weights, tensors, files = contents.weights, shards.tensors, dict[Path, MappedFile]()
     for path, module in contents.model.named_modules():
@@ -292,8 +289,7 @@ def take_experts(
             of_expert.append(entry)
         for file in {tensors[name].file for name in weights[entry.published].names} - files.keys():
             files[file] = MappedFile(file)
-    contents.entries = others
-    return stored
+    return stored, replace(contents, entries=others)
 
 
 def check_layout(entry: Entry) -> None:
@@ -310,9 +306,8 @@ def map_experts(model: Transformer, stored: Mapping[str, StoredExperts], limit: 
     """Put mapped experts, with one cache, into the places of the model's routed experts."""
     cache = ExpertCache(limit)
     for path, experts in stored.items():
-        parent, _, name = path.rpartition(".")
         replaced = cast(Experts, model.get_submodule(path))
-        setattr(model.get_submodule(parent), name, MappedExperts(replaced, experts, cache))
+        model.set_submodule(path, MappedExperts(replaced, experts, cache))
 
 
 def expert_statistics(model: nn.Module) -> ExpertStatistics | None:

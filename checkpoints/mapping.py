@@ -72,10 +72,14 @@ class Entry:
 
     def put(self, tensor: Tensor, state: Mapping[str, Tensor]) -> None:
         """Copy the published tensor into its place in `state`."""
-        parts = self.parts(state)
-        pieces = tensor[None] if self.pattern is None else unpack(tensor, self.pattern, parts)
-        for part, piece in zip(parts, pieces, strict=True):
+        for part, piece in zip(self.parts(state), self.split(tensor), strict=True):
             part.copy_(piece)
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """What the published tensor holds of each of `ours`, stacked along a new first axis."""
+        if self.pattern is None:
+            return tensor[None]
+        return unpack(tensor, self.pattern, len(self.ours))
 
     def take(self, state: Mapping[str, Tensor]) -> Tensor:
         """Make the published tensor from `state`, as a new tensor: the inverse of `put`."""
@@ -85,9 +89,9 @@ class Entry:
         return pack(self.pattern, torch.stack(tuple(parts))).contiguous()
 
 
-def unpack(tensor: Tensor, pattern: str, parts: Sequence[Tensor]) -> Tensor:
-    """Make our tensors, stacked, from a published one."""
-    return rearrange(tensor, pattern, **({"P": len(parts)} if "P" in pattern else {}))
+def unpack(tensor: Tensor, pattern: str, count: int) -> Tensor:
+    """Make so many of our tensors, stacked, from a published one."""
+    return rearrange(tensor, pattern, **({"P": count} if "P" in pattern else {}))
 
 
 def pack(pattern: str, stacked: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from moe import Experts
 
 from .config_file import CheckpointError
 from .contents import Contents
-from .mapping import Entry, unpack
+from .mapping import Entry
 from .precision import find_quantizable
 from .storage.quantized import scale_to_float32, unpack_integers
 from .storage.shards import Shards
@@ -180,10 +180,7 @@ def quantize_entry(
     """Read a tensor and quantise each matrix in it into its place."""
     dtype = held[entry.ours[0]].scale.dtype if weight.quantized else None
     tensor = weight.read(shards, dtype, "cpu")
-    pieces = tensor[None]
-    if entry.pattern is not None:
-        pieces = unpack(tensor, entry.pattern, [tensor] * len(entry.ours))
-    for name, piece in zip(entry.ours, pieces, strict=True):
+    for name, piece in zip(entry.ours, entry.split(tensor), strict=True):
         target = held[name]
         matrices = dict(enumerate(piece)) if piece.dim() == 3 else {entry.expert: piece}
         for expert, matrix in matrices.items():
@@ -208,8 +205,7 @@ def place_quantized(model: Transformer, held: Mapping[str, QuantizedWeight]) -> 
         if type(module) is Experts and f"{path}.gate" in held:
             twin = QuantizedExperts(module, *(held[f"{path}.{part}"] for part in EXPERT_PARTS))
         if twin is not None:
-            parent, _, own = path.rpartition(".")
-            setattr(model.get_submodule(parent), own, twin)
+            model.set_submodule(path, twin)
     return {
         f"{name}.{part}": tensor
         for name, weight in held.items()

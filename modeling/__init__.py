@@ -5,6 +5,7 @@ from .attention.gqa import GQAConfig, QKNormConfig
 from .attention.mla import MLAConfig
 from .attention.weights import AttentionWeights, is_recorded, report_weights
 from .cache import Cache, LayerCache
+from .codes import Codes, Format, Int4, Int8, choose_format, quantize_matrix
 from .compiled import compile_decoding
 from .config import (
     Attention,
@@ -22,18 +23,7 @@ from .linear import plain_weight
 from .loss import mtp_loss, next_token_loss
 from .model import Transformer
 from .norm import RMSNorm
-from .quantized import (
-    Codes,
-    Format,
-    Int4,
-    Int8,
-    QuantizedExperts,
-    QuantizedLinear,
-    QuantizedMatrix,
-    QuantizedWeight,
-    choose_format,
-    quantize_matrix,
-)
+from .quantized import QuantizedExperts, QuantizedLinear, QuantizedMatrix, QuantizedWeight
 from .record import LayerStates, record_attention, record_states
 from .rope import RopeConfig, YarnConfig, rotate
 from .step import Step

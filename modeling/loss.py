@@ -47,8 +47,8 @@ def next_token_loss(
 def loss_in_pieces(states_nD: Tensor, head: nn.Module | Tensor, target_n: Tensor) -> Tensor:
     """Mean cross-entropy, piece by piece; the backward computes each piece's logits again.
 
-    (F.linear_cross_entropy of torch 2.13 bounds memory as well, and takes up to five times as long
-    on a CPU.)
+    (F.linear_cross_entropy of torch 2.13 bounds memory as well, and takes two to six times as
+    long on a CPU.)
     """
 
     def summed_loss(states_nD: Tensor, target_n: Tensor) -> Tensor:

@@ -102,11 +102,11 @@ def experts_grouped(
 
 
 def grouping_pays(x_ND: Tensor, gate_EFD: Tensor) -> bool:
-    """Whether to group: where `grouped_mm` runs, for gradients and beside the CPU.
+    """Whether to group: where `grouped_mm` runs, if gradients are wanted or no CPU computes.
 
-    A gradient of the loop is as large as all experts, for each of them. Without gradients a CPU
-    takes as long for one form as for the other, up to 64 tokens, and from 512 on the loop is 1.2 to
-    1.3 times as fast, because what lies between its products stays in the cache.
+    In the loop's backward each expert makes a gradient as large as all experts. Without gradients
+    both forms take a CPU about as long for up to 64 tokens; from 512 on the loop is 1.2 to 1.3
+    times as fast, because what lies between its products stays in the CPU's cache.
     """
     wanted = torch.is_grad_enabled() and (x_ND.requires_grad or gate_EFD.requires_grad)
     pays = wanted or x_ND.device.type != "cpu"

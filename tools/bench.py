@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to measure (default: load prefill decode, drafts with --text, training "
         "with --training)",
     )
-    add("--prefills", type=int, nargs="+", help=f"numbers of tokens ({typed(PREFILLS)})")
-    add("--contexts", type=int, nargs="+", help=f"tokens in the cache ({typed(CONTEXTS)})")
+    add("--prefills", type=int, nargs="+", help=f"numbers of tokens ({say_default(PREFILLS)})")
+    add("--contexts", type=int, nargs="+", help=f"tokens in the cache ({say_default(CONTEXTS)})")
     add("--batches", type=int, nargs="+", default=BATCHES, help="rows that decode at once")
     add("--steps", type=int, default=10, help="steps of each figure; long ones take fewer")
     add("--against", choices=["transformers"], help="take turns with the same weights in it")
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object instead of the tables")
 
 
-def typed(sizes: list[int]) -> str:
+def say_default(sizes: list[int]) -> str:
     return f"default: {' '.join(map(str, sizes))}, those that the model has positions for"
 
 

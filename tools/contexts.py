@@ -54,11 +54,11 @@ def repeat_entries(kept: Tensor, held: int) -> None:
 def spread_cache(model: Transformer, cache: Cache, rows: int) -> Cache:
     """A cache with so many rows like the only one of `cache`."""
     spread = model.make_cache(rows, cache.layers[0].max_length, 1)
-    for layer, source in pairs(spread, cache):
+    for layer, source in pair_layers(spread, cache):
         layer.tensors = [tensor.repeat_interleave(rows, dim=0) for tensor in source.tensors]
         layer.lengths, layer.floors = source.lengths * rows, source.floors * rows
     return spread
 
 
-def pairs(left: Cache, right: Cache) -> Iterator[tuple[LayerCache, LayerCache]]:
+def pair_layers(left: Cache, right: Cache) -> Iterator[tuple[LayerCache, LayerCache]]:
     return zip(left.layers, right.layers, strict=True)

@@ -67,5 +67,6 @@ def attend(
         report_weights(step, attention_weights(q_BHTP, k_BJSP, *given, sinks_H), keys_BS)
     if sinks_H is not None or blocks_pay(q_BHTP, k_BJSP):
         return attend_in_blocks(q_BHTP, k_BJSP, v_BJSM, *given, sinks_H)
-    form = attend_in_pieces if pieces_pay(q_BHTP, k_BJSP, window) else attend_by_kernel
-    return form(q_BHTP, k_BJSP, v_BJSM, *given)
+    if pieces_pay(q_BHTP, k_BJSP, window):
+        return attend_in_pieces(q_BHTP, k_BJSP, v_BJSM, scale)
+    return attend_by_kernel(q_BHTP, k_BJSP, v_BJSM, *given)

@@ -125,15 +125,7 @@ def pieces_pay(q_BHTP: Tensor, k_BJSP: Tensor, window: int | None) -> bool:
     return single and narrow and S >= 8 * PIECE
 
 
-def attend_in_pieces(
-    q_BHTP: Tensor,
-    k_BJSP: Tensor,
-    v_BJSM: Tensor,
-    step: Step,
-    keys_BS: Tensor | None,
-    scale: float,
-    window: int | None = None,
-) -> Tensor:
+def attend_in_pieces(q_BHTP: Tensor, k_BJSP: Tensor, v_BJSM: Tensor, scale: float) -> Tensor:
     """`attend` of a single query, which sees every key, by products over pieces of the keys."""
     q_HP, k_SP, v_SM = q_BHTP[0, :, 0], k_BJSP[0, 0], v_BJSM[0, 0]
     whole = len(k_SP) // PIECE * PIECE

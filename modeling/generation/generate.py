@@ -257,12 +257,17 @@ def gather_weights(model: Transformer) -> Iterator[None]:
 def read_long_prompts(
     model: Transformer, rows: list[Row], cache: Cache, chunk: int
 ) -> Iterator[States]:
-    """Read what is not in the cache, up to the last `chunk` tokens of each row, in such pieces."""
-    while any(len(r.tokens) - n > chunk for r, n in zip(rows, cache.lengths, strict=True)):
-        inputs = [
-            [] if row.finished else row.tokens[length : min(length + chunk, len(row.tokens) - 1)]
-            for row, length in zip(rows, cache.lengths, strict=True)
-        ]
+    """Read `chunk` tokens at a time until none of the rows has more than that unread.
+
+    Every row keeps its newest token unread, for `verify_drafts`. Yields the states of each forward.
+    """
+
+    def list_unread() -> list[list[int]]:
+        pairs = zip(rows, cache.lengths, strict=True)
+        return [[] if row.finished else row.tokens[length:] for row, length in pairs]
+
+    while max(map(len, unread := list_unread())) > chunk:
+        inputs = [tokens[:-1][:chunk] for tokens in unread]
         counts = [len(tokens) for tokens in inputs]
         yield model.hidden_states(pad_tokens(inputs, model.device), cache, counts)
 

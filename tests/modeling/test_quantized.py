@@ -19,7 +19,7 @@ from modeling import (
     choose_format,
     quantize_matrix,
 )
-from modeling.quantized import LAYOUTS, find_layout, pack_int4, unpack_int4
+from modeling.codes import LAYOUTS, find_layout, pack_int4, unpack_int4
 from moe import Clamp, Experts
 from moe.testing import noise, random_routing, randomize, reweigh
 
@@ -146,7 +146,7 @@ def test_float16_holds_products_that_it_can_hold(kind, N):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_matrix_of_several_pieces_is_multiplied_whole(kind, monkeypatch):
-    monkeypatch.setattr("modeling.quantized.PIECE", 32 * 70)
+    monkeypatch.setattr("modeling.codes.PIECE", 32 * 70)
     weight = held(matrix_of(300, 32), kind)
     x_NI = noise(40, 32, dtype=torch.float32)
     expected_NO = x_NI.double() @ plain(weight.matrix.codes).T
@@ -179,7 +179,7 @@ def test_codes_packed_on_another_cpu_are_read_as_they_lie(layout):
 
 def test_a_cpu_with_an_unknown_layout_is_told(monkeypatch):
     find_layout.cache_clear()
-    monkeypatch.setattr("modeling.quantized.LAYOUTS", [])
+    monkeypatch.setattr("modeling.codes.LAYOUTS", [])
     with pytest.raises(ValueError, match="int4.*unknown layout; use int8"):
         choose_format("int4", 64)
     find_layout.cache_clear()

@@ -192,12 +192,11 @@ def test_blocks_are_for_many_query_rows_on_a_cpu(heads):
 def test_a_single_query_attends_to_pieces_of_the_keys(keys, key_width, value_width, scale):
     q_BHTP, k_BJSP = noise(1, 4, 1, key_width), noise(1, 1, keys, key_width, seed=1)
     v_BJSM = noise(1, 1, keys, value_width, seed=2)
-    step, keys_BS = Step(torch.tensor([[keys - 1]])), torch.arange(keys)[None]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(kernels, "PIECE", 2)
-        y_BHTM = attend_in_pieces(q_BHTP, k_BJSP, v_BJSM, step, keys_BS, scale)
-    query = [[keys - 1]]
-    plain = plain_attend(q_BHTP, k_BJSP, v_BJSM, query, keys_BS.tolist(), scale, None, None)
+        y_BHTM = attend_in_pieces(q_BHTP, k_BJSP, v_BJSM, scale)
+    query, all_keys = [[keys - 1]], [list(range(keys))]
+    plain = plain_attend(q_BHTP, k_BJSP, v_BJSM, query, all_keys, scale, None, None)
     close(y_BHTM, plain, 1e-6)
 
 
