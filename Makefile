@@ -8,7 +8,7 @@ demo: .venv/installed
 		--temperature 0.7 --top-p 0.95 --seed 4 --draft-tokens 1
 
 test: .venv/installed-for-tests
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 check: .venv/installed-for-tests
 	.venv/bin/ruff check .

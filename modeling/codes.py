@@ -41,6 +41,11 @@ class Int8:
     kernel_rows: ClassVar[int] = 8  # of input, up to which torch's kernel is faster
     group_size: ClassVar[int | None] = None  # a whole row
 
+    @property
+    def numbers(self) -> list[int]:
+        """What `Int8` and `Int4` are made from again by `format_of`."""
+        return [self.bits]
+
     def shapes(self, O: int, I: int) -> tuple[tuple[int, ...], tuple[int, ...]]:  # noqa: E741
         """Of the tensors that hold a matrix: codes and scales."""
         return (O, I), (O,)
@@ -98,6 +103,10 @@ class Int4:
     shrinks: ClassVar[tuple[float, ...]] = SHRINKS
     kernel_rows: ClassVar[int] = 32
 
+    @property
+    def numbers(self) -> list[int]:
+        return [self.bits, self.group_size, *map(int, self.layout)]
+
     def shapes(self, O: int, I: int) -> tuple[tuple[int, ...], tuple[int, ...]]:  # noqa: E741
         padded = O + -O % BLOCK_ROWS
         return (padded, I // 2), (I // self.group_size, padded, 2)
@@ -134,6 +143,14 @@ class Int4:
 
 
 Format = Int8 | Int4
+
+
+def format_of(numbers: list[int]) -> Format:
+    """The format with these `numbers`: operations of torch take no other description of it."""
+    if numbers == Int8().numbers:
+        return Int8()
+    _, group_size, rows, neighbours = numbers
+    return Int4(group_size, Layout(rows, bool(neighbours)))
 
 
 def split_rows(

@@ -5,7 +5,7 @@ two to four times fewer of them. For many rows, pieces of the matrix are expande
 dtype and multiplied as usual; the whole is never expanded.
 
 Shapes: N rows of input, O and I output and input width of a matrix, E experts, G groups of columns,
-o rows of a piece of a matrix.
+o rows of a piece of a matrix; D model width, F expert width, K slots of a token, S = N * K slots.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe import Biases, Experts, Routing, experts_loop
+from moe import Biases, Experts, Routing, experts_loop, is_traced, register_operation
 
-from .codes import Codes, Format, Int8
+from .codes import Codes, Format, Int8, format_of
 
 NO_GRADIENTS = (
     "quantised weights have no gradients: load the model without quantize, or use torch.no_grad()"
 )
+
+
+def refuse_gradients(x: Tensor) -> None:
+    """Raise ValueError if the gradient of x is wanted."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(NO_GRADIENTS)
 
 
 class QuantizedMatrix:
@@ -48,8 +54,6 @@ class QuantizedMatrix:
         In bfloat16, the kernels are faster for up to 8 rows (Int8) and 32 rows (Int4), measured on
         a CPU with AVX-512; in other dtypes they are 3 to 60 times as slow as expanding.
         """
-        if torch.is_grad_enabled() and x_NI.requires_grad:
-            raise ValueError(NO_GRADIENTS)
         O, form, N = self.shape[0], self.form, len(x_NI)  # noqa: E741
         fits = x_NI.dtype == self.scale.dtype == torch.bfloat16 and x_NI.is_cpu
         if 0 < N <= form.kernel_rows and fits and form.can_run(x_NI):
@@ -69,6 +73,33 @@ class QuantizedMatrix:
             return NotImplemented
         y = matrix.multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], matrix.shape[0])
         return y if not bias or bias[0] is None else y + bias[0]
+
+
+@register_operation(
+    "(Tensor x, Tensor codes, Tensor scale, Tensor? matrices, int[] form, int width) -> Tensor",
+    lambda x_NI, codes, scale, matrix_N, form, width: x_NI.new_empty(len(x_NI), width),
+)
+def multiply_by_codes(
+    x_NI: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    matrix_N: Tensor | None,
+    form: list[int],
+    width: int,
+) -> Tensor:
+    """Each row times its matrix of a stack, (N, O), or all rows times the only one.
+
+    matrix_N: the numbers of the matrices; rows beyond the last matrix get zeros. width: O.
+    """
+    shape = width, x_NI.shape[1]
+    if matrix_N is None:
+        return QuantizedMatrix(format_of(form), shape, codes, scale).multiply(x_NI)
+    y_NO = x_NI.new_zeros(len(x_NI), width)
+    for number in [m for m in matrix_N.unique().tolist() if m < len(codes)]:
+        matrix = QuantizedMatrix(format_of(form), shape, codes[number], scale[number])
+        row_n = torch.where(matrix_N == number)[0]
+        y_NO[row_n] = matrix.multiply(x_NI[row_n])
+    return y_NO
 
 
 class QuantizedWeight(nn.Module):
@@ -101,6 +132,11 @@ class QuantizedWeight(nn.Module):
         """The only matrix."""
         return QuantizedMatrix(self.form, self.shape, self.codes, self.scale)
 
+    def multiply(self, x_NI: Tensor, matrix_N: Tensor | None = None) -> Tensor:
+        """`multiply_by_codes` with the matrices held here; torch's compiler calls it as it is."""
+        width = self.shape[-2]
+        return multiply_by_codes(x_NI, self.codes, self.scale, matrix_N, self.form.numbers, width)
+
     @torch.no_grad()
     def put(self, codes: Codes, expert: int | None = None) -> None:
         """Hold a matrix, as that of an expert in a stack."""
@@ -125,16 +161,20 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = weight, bias
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, cast(Tensor, self.weight.matrix), self.bias)
+        refuse_gradients(x)
+        y = self.weight.multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
 
     def reset_parameters(self) -> None:
         raise ValueError(NO_GRADIENTS)
 
 
 class QuantizedExperts(nn.Module):
-    """`moe.Experts` with quantised matrices; biases stay. It runs as the loop over experts."""
+    """`moe.Experts` with quantised matrices; biases stay.
+
+    It runs as the loop over experts, and where torch's compiler traces it as products of all slots.
+    """
 
     exact = ()
     quantizable = ()
@@ -152,13 +192,30 @@ class QuantizedExperts(nn.Module):
         self.down_bias = experts.down_bias
         self.activation = experts.activation
 
-    @torch.compiler.disable
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
         routing.check()
+        refuse_gradients(x_ND)
+        if is_traced(x_ND, routing.experts_NK):
+            return self.multiply_slots(x_ND, routing)
         biases = Biases(self.gate_bias, self.up_bias, self.down_bias)
         chosen = routing.weights_NK, routing.experts_NK
         gate, up, down = cast(tuple[Tensor, ...], (self.gate, self.up, self.down))
         return experts_loop(x_ND, *chosen, gate, up, down, biases, self.activation)
+
+    def multiply_slots(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        """Compute what the loop does without a look at which experts are chosen."""
+        expert_S, K = routing.experts_NK.flatten(), routing.experts_NK.shape[1]
+
+        def multiply(x_SI: Tensor, weight: QuantizedWeight, bias_EO: Tensor | None) -> Tensor:
+            y_SO = weight.multiply(x_SI, expert_S)
+            return y_SO if bias_EO is None else y_SO + F.pad(bias_EO, (0, 0, 0, 1))[expert_S]
+
+        x_SD = x_ND.repeat_interleave(K, dim=0)
+        gate_SF = multiply(x_SD, self.gate, self.gate_bias)
+        up_SF = multiply(x_SD, self.up, self.up_bias)
+        y_SD = multiply(self.activation(gate_SF, up_SF), self.down, self.down_bias)
+        y_NKD = y_SD.where((expert_S < len(self.gate.codes))[:, None], 0).unflatten(0, (-1, K))
+        return (y_NKD * routing.weights_NK[..., None]).sum(dim=1).to(x_ND.dtype)
 
     def reset_parameters(self) -> None:
         raise ValueError(NO_GRADIENTS)

@@ -14,4 +14,4 @@ from .feed_forward import Clamp, DenseConfig, FeedForward
 from .layer import MoE, MoEConfig
 from .record import Recorded, in_backward, keep_hooks, layer_numbers, record_routing, routers
 from .routing import ExpertChoice, Router, RouterConfig, Routing, TopK, TopP, exact_products
-from .segments import is_traced, product_of_rows
+from .segments import is_traced, product_of_rows, register_operation

@@ -20,8 +20,8 @@ from modeling import (
     quantize_matrix,
 )
 from modeling.codes import LAYOUTS, find_layout, pack_int4, unpack_int4
-from moe import Clamp, Experts
-from moe.testing import noise, random_routing, randomize, reweigh
+from moe import Clamp, Experts, Routing
+from moe.testing import close, noise, random_routing, randomize, reweigh
 
 KINDS = ("int8", "int4")
 kinds = st.sampled_from(KINDS)
@@ -228,14 +228,20 @@ def test_gradients_and_drawing_are_refused(kind):
         layer.reset_parameters()
 
 
+def quantised_experts(kind, dtype=torch.float32):
+    """Experts held as codes, and the plain ones that they were made from."""
+    experts = randomize(Experts(64, 5, 96, biases=True, clamp=Clamp(limit=0.7, alpha=1.3)))
+    experts = experts.to(dtype).requires_grad_(False)
+    stacks = [held(getattr(experts, name), kind) for name in ("gate", "up", "down")]
+    return QuantizedExperts(experts, *stacks), experts
+
+
 @pytest.mark.parametrize("N", [1, 40, 300])
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_are_those_with_the_dequantised_matrices(kind, N):
-    experts = randomize(Experts(64, 5, 96, biases=True, clamp=Clamp(limit=0.7, alpha=1.3)))
-    experts = experts.float().requires_grad_(False)
-    stacks = [held(getattr(experts, name), kind) for name in ("gate", "up", "down")]
-    quantised = QuantizedExperts(experts, *stacks)
-    for name, stack in zip(("gate", "up", "down"), stacks, strict=True):
+    quantised, experts = quantised_experts(kind)
+    for name in ("gate", "up", "down"):
+        stack = getattr(quantised, name)
         matrices = [stack[e].dequantize(torch.float32) for e in range(5)]
         setattr(experts, name, nn.Parameter(torch.stack(matrices), requires_grad=False))
     x_ND, routing = noise(N, 64, dtype=torch.float32), random_routing(N, 5)
@@ -243,3 +249,27 @@ def test_experts_are_those_with_the_dequantised_matrices(kind, N):
     expected_ND = experts(x_ND, routing)
     assert torch.allclose(quantised(x_ND, routing), expected_ND, atol=1e-4)
     assert expected_ND.norm() > 1
+
+
+@given(kind=kinds, N=st.integers(0, 40), seed=st.integers(0, 99))
+def test_products_of_all_slots_are_the_loop_over_experts(kind, N, seed):
+    quantised, _ = quantised_experts(kind, torch.float64)
+    x_ND, routing = noise(N, 64, seed=seed), random_routing(N, 5, seed=seed)
+    close(quantised.multiply_slots(x_ND, routing), quantised(x_ND, routing), 1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_module_is_one_graph(kind):
+    quantised, _ = quantised_experts(kind)
+    layer = quantised_linear(kind)
+
+    def run(x_ND, weights_NK, experts_NK):
+        chosen = Routing(weights_NK, experts_NK, routing.scores_NE, routing.logits_NE)
+        return layer(quantised(x_ND, chosen)[:, :64])
+
+    x_ND, routing = noise(3, 64, dtype=torch.float32), random_routing(3, 5)
+    given = x_ND, routing.weights_NK.float(), routing.experts_NK
+    torch.compiler.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(*given), run(*given), atol=1e-5)
+    torch.compiler.reset()
