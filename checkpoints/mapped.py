@@ -230,8 +230,12 @@ class MappedExperts(nn.Module):
         super().__init__()
         self.activation, self.stored, self.cache = experts.activation, stored, cache
 
-    @torch.compiler.disable
     def forward(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        if torch.compiler.is_compiling():  # reading files is no part of a graph; as a decorator,
+            return torch.compiler.disable(self.run)(x_ND, routing)  # this imports the compiler
+        return self.run(x_ND, routing)
+
+    def run(self, x_ND: Tensor, routing: Routing) -> Tensor:
         routing.check()
         weights_NK, experts_NK = routing.weights_NK, routing.experts_NK
         if torch.is_grad_enabled() and (x_ND.requires_grad or weights_NK.requires_grad):

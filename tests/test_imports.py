@@ -1,6 +1,7 @@
 """Imports point one way, packages meet at their front doors, and the token path stays short."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -173,3 +174,10 @@ def test_what_a_forward_pass_imports_is_small():
     found = closure(Path("modeling/model.py"))
     assert len(found) <= 16, sorted(map(str, found))
     assert lines_of(found) <= 1700
+
+
+@pytest.mark.parametrize("names", ["checkpoints", "tools.generate, tools.bench, tools.train"])
+def test_what_a_program_starts_with_is_not_torchs_compiler(names):
+    """It takes as long to import as the rest of torch."""
+    program = f"import sys, {names}; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -9,6 +9,7 @@ tokens use, and the cache), or the products that it must compute, whichever take
 
 import argparse
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from checkpoints import build_on_meta, read_config
 from modeling import Transformer
 
-from .bench_table import format_report
+from .bench_table import format_end, format_report
 from .describe import count_parameters
 from .drafting_speed import add_drafting_arguments, measure_drafting
 from .floor import count_bytes
@@ -30,6 +31,7 @@ from .timing import LEAST_ROUNDS, peak_memory
 from .training_speed import add_training_arguments, check_training, measure_training
 
 SECTIONS = "load", "prefill", "decode", "drafts", "training"
+LISTS = "profile", "prefill", "decode"  # parts of the report that come in several pieces
 PREFILLS = [512, 2048]
 CONTEXTS = [128, 2048, 8192, 32768]
 BATCHES = [1, 8]
@@ -72,20 +74,33 @@ def say_default(sizes: list[int]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     check_sizes(args)
-    report: dict[str, Any] = {"model": str(args.model), "skipped": []}
-    sections = choose_sections(args, report["skipped"])
+    skipped: list[str] = []
+    sections = choose_sections(args, skipped)
     if args.against is not None:
         check_comparison(args)
     if "training" in sections:
         check_training(args)
-    if {"load", "prefill", "decode"} & sections or args.profile is not None:
-        measure_model(args, sections, report)
-    if "drafts" in sections:
-        report["drafts"] = measure_drafting(args)
-    if "training" in sections:
-        report["training"] = measure_training(args)
-    print(json.dumps(report) if args.json else format_report(report))
+    report: dict[str, Any] = {}
+    for part in measure_sections(args, sections, skipped):
+        for name, figures in part.items():
+            report[name] = report.get(name, []) + figures if name in LISTS else figures
+        if not args.json:
+            print(format_report(part), end="\n\n", flush=True)
+    report["skipped"] = skipped
+    print(json.dumps(report) if args.json else format_end(report))
     return 0
+
+
+def measure_sections(
+    args: argparse.Namespace, sections: set[str], skipped: list[str]
+) -> Iterator[dict[str, Any]]:
+    """The parts of the report, each as soon as it is measured."""
+    if {"load", "prefill", "decode"} & sections or args.profile is not None:
+        yield from measure_model(args, sections, skipped)
+    if "drafts" in sections:
+        yield {"drafts": measure_drafting(args)}
+    if "training" in sections:
+        yield {"training": measure_training(args)}
 
 
 def choose_sections(args: argparse.Namespace, skipped: list[str]) -> set[str]:
@@ -143,31 +158,34 @@ def choose_sizes(
     return [size for size in asked or default if size <= longest]
 
 
-def measure_model(args: argparse.Namespace, sections: set[str], report: dict[str, Any]) -> None:
-    """Load the model without its MTP modules, and put the figures of loading and speed into the
-    report."""
-    longest, skipped = read_config(args.model).max_length, report["skipped"]
+def measure_model(
+    args: argparse.Namespace, sections: set[str], skipped: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Load the model without its MTP modules; the figures of loading and speed, part by part."""
+    longest = read_config(args.model).max_length
     prefills = choose_sizes("prefills", args.prefills, PREFILLS, longest, skipped)
     contexts = choose_sizes("contexts", args.contexts, CONTEXTS, longest - 1, skipped)
     load, device = partial(load_requested_model, args, mtp=False), find_device(args.device)
     load_peer = partial(Peer, args.model, device) if args.against else None
     if "load" in sections:
-        model, peer, report["load"] = measure_loading(load, load_peer, device)
+        model, peer, loading = measure_loading(load, load_peer, device)
     else:
-        model = load()
+        model, loading = load(), None
         peer = None if load_peer is None else load_peer(model.dtype)
-    report |= describe_model(model)
+    yield {"model": str(args.model)} | describe_model(model)
+    if loading is not None:
+        yield {"load": loading}
     if args.profile is not None:
-        phases = [profile_prefill(model, length, args.profile) for length in prefills[:1]]
-        phases += [profile_decoding(model, length, args.profile) for length in contexts[:1]]
-        report["profile"] = phases
+        for length in prefills[:1]:
+            yield {"profile": [profile_prefill(model, length, args.profile)]}
+        for length in contexts[:1]:
+            yield {"profile": [profile_decoding(model, length, args.profile)]}
     bench = Bench(model, peer, args.steps, args.compile)
     if "prefill" in sections:
-        report["prefill"] = [bench.measure_prefill(length) for length in prefills]
-    if "decode" in sections:
-        of_contexts = [bench.measure_decoding(length, args.batches) for length in contexts]
-        report["decode"] = [figures for of_one in of_contexts for figures in of_one]
-    report["peak"] = peak_memory(device)
+        yield {"prefill": [bench.measure_prefill(length) for length in prefills]}
+    for length in contexts if "decode" in sections else []:
+        yield {"decode": bench.measure_decoding(length, args.batches)}
+    yield {"peak": peak_memory(device)}
 
 
 def describe_model(model: Transformer) -> dict[str, Any]:

@@ -20,19 +20,26 @@ many times as fast as its fastest setting, step by step."""
 
 
 def format_report(report: dict[str, Any]) -> str:
+    """The tables of those parts that the report has."""
     parts = [format_head(report)] if "parameters" in report else []
     if "load" in report:
-        parts.append(format_loading(report["load"], report["peak"]))
-    for name, sizes in SIZES.items():
-        if name in report:
-            parts.append(format_figures(name, sizes, report[name]))
-    if SIZES.keys() & report.keys():
-        parts.append(NOTE)
+        parts.append(format_loading(report["load"]))
     parts += map(format_phase, report.get("profile", []))
+    for name, sizes in SIZES.items():
+        if report.get(name):
+            parts.append(format_figures(name, sizes, report[name]))
     if "drafts" in report:
         parts.append(f"drafts: {format_drafting(report['drafts'])}")
-    parts.append("\n".join(f"not measured: {line}" for line in report["skipped"]))
-    return "\n\n".join(part for part in parts if part)
+    if "peak" in report:
+        parts.append(format_peak(report["peak"]))
+    return "\n\n".join(parts)
+
+
+def format_end(report: dict[str, Any]) -> str:
+    """What the figures mean, and what was not measured."""
+    notes = [NOTE] if any(report.get(name) for name in SIZES) else []
+    skipped = [f"not measured: {line}" for line in report["skipped"]]
+    return "\n\n".join([*notes, "\n".join(skipped)]).rstrip()
 
 
 def format_head(report: dict[str, Any]) -> str:
@@ -44,27 +51,33 @@ def format_head(report: dict[str, Any]) -> str:
     )
 
 
-def format_loading(load: dict[str, Any], peak: dict[str, int]) -> str:
+def format_loading(load: dict[str, Any]) -> str:
     rows = [["load", "seconds (quartiles)", *HEADS[1:]]]
     for run in load["runs"]:
         rows.append([run["name"], spread(run["seconds"]), *format_shares(run)])
     before, loading = load["peak_before"], load["peak"]
-    lines = [
-        align(rows),
-        f"first load: {load['first_seconds']:.3g} s; later ones find the files in memory",
-        f"floor: copying the {size(load['bytes'])} of tensors in memory",
-        f"most memory in use: {size(before['process'])} before loading (Python and torch); "
-        f"{size(loading['process'])} while",
-        "loading (the weights, and of the mapped files what was read last); "
-        f"{size(peak['process'])} over the run",
-        "(also caches, the buffers that the machine reads and multiplies, and a peer's weights)",
-    ]
-    if "device" in peak:
-        on_device = size(loading["device"]), size(peak["device"])
-        lines.append(
-            "tensors on the device: at most {} while loading, {} over the run".format(*on_device)
-        )
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            align(rows),
+            f"first load: {load['first_seconds']:.3g} s; later ones find the files in memory",
+            f"floor: copying the {size(load['bytes'])} of tensors in memory",
+            f"most memory in use: {say_peak(before)} before loading (Python and torch), "
+            f"{say_peak(loading)} while",
+            "loading (the weights, and of the mapped files what was read last)",
+        ]
+    )
+
+
+def format_peak(peak: dict[str, int]) -> str:
+    return (
+        f"most memory in use over the run: {say_peak(peak)} (also caches, the buffers that\n"
+        "the machine reads and multiplies, and a peer's weights)"
+    )
+
+
+def say_peak(peak: dict[str, int]) -> str:
+    on_device = f" and {size(peak['device'])} on the device" if "device" in peak else ""
+    return size(peak["process"]) + on_device
 
 
 def format_figures(title: str, sizes: Sequence[str], figures: list[dict[str, Any]]) -> str:
