@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,22 +12,26 @@ from tiny import (
     mla,
     model_config,
     random_tokens,
-    softmax_experts,
     windows_and_sinks,
 )
 
-from modeling import LayerConfig, compile_decoding, generate, generate_batch
+from modeling import compile_decoding, generate, generate_batch
 from modeling.compiled import REPLACEMENTS, multiply_by_linear, multiply_matrices
 from moe import record_routing
 from moe.testing import close, noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 
-MODELS = {
-    "latents": lambda: agreeable(model_config(mla(), 1)),
-    "groups": lambda: agreeable(model_config(gqa(qkv_bias=True), 1)),
-    "windows, sinks and biases": lambda: agreeable(windows_and_sinks(1)),
+MODELS = {  # each kind of block takes the compiler some seconds
+    "latents": lambda: one_layer(model_config(mla(), 1)),
+    "groups": lambda: one_layer(model_config(gqa(qkv_bias=True), 1)),
+    "windows, sinks and biases": lambda: one_layer(windows_and_sinks(1)),
 }
+
+
+def one_layer(config):
+    """A model of the config's last layer, and of its prediction modules."""
+    return agreeable(replace(config, layers=config.layers[-1:]))
 
 
 @pytest.fixture
@@ -61,12 +66,6 @@ def test_text_logits_and_drafts_are_those_of_the_model(make, graphs):
     assert generate_batch(model, [prompt, prompt[:3]], 4)[0] == plain[:4]
 
 
-def sparse_layer(attention, dtype=torch.float64):
-    """A model of one layer: each kind of block takes the compiler some seconds."""
-    layer = LayerConfig(attention=attention, feed_forward=softmax_experts())
-    return agreeable(model_config(attention, layers=(layer,))).to(dtype)
-
-
 def decode(model, tokens_BT, begin=0):
     """The logits of tokens that enter one by one, after the first `begin`, which enter together."""
     cache = model.make_cache(*tokens_BT.shape)
@@ -77,7 +76,7 @@ def decode(model, tokens_BT, begin=0):
 
 
 def test_experts_and_heads_of_one_token_are_computed_as_sums(graphs):
-    model = sparse_layer(mla())
+    model = one_layer(model_config(mla()))
     tokens_BT = random_tokens(1, 6)
     expected = decode(model, tokens_BT)
     compile_decoding(model)
@@ -90,7 +89,7 @@ def test_experts_and_heads_of_one_token_are_computed_as_sums(graphs):
 
 
 def test_hooks_act_and_more_than_one_token_runs_as_before(graphs):
-    model = sparse_layer(gqa())
+    model = one_layer(model_config(gqa()))
     tokens_BT = random_tokens(1, 6)
     with record_routing(model) as expected:
         decode(model, tokens_BT)
@@ -109,7 +108,7 @@ def test_hooks_act_and_more_than_one_token_runs_as_before(graphs):
 
 
 def test_a_hook_on_every_module_acts_as_well(graphs):
-    model, seen = sparse_layer(gqa()), []
+    model, seen = one_layer(model_config(gqa())), []
     compile_decoding(model)
     decode(model, random_tokens(1, 2))
     handle = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
@@ -121,7 +120,7 @@ def test_a_hook_on_every_module_acts_as_well(graphs):
 
 
 def test_copies_have_their_own_weights(graphs):
-    model = sparse_layer(gqa())
+    model = one_layer(model_config(gqa()))
     tokens_BT = random_tokens(1, 4)
     compile_decoding(model)
     before = decode(model, tokens_BT)
@@ -160,7 +159,7 @@ def test_products_of_matrices_are_torchs(left, right):
 
 def test_torchs_compiler_gives_the_models_logits():
     torch.compiler.reset()
-    model, tokens_BT = sparse_layer(mla(), torch.float32), random_tokens(1, 6)
+    model, tokens_BT = one_layer(model_config(mla())).float(), random_tokens(1, 6)
     expected = decode(model, tokens_BT, begin=3)
     compile_decoding(model)
     close(decode(model, tokens_BT, begin=3), expected, 1e-5)

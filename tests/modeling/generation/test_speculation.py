@@ -80,7 +80,7 @@ def plain_texts(kind: str, num_modules: int) -> list[list[int]]:
     return [list(generate(MODELS[kind, num_modules], prompt, 16)) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("draft_tokens", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("draft_tokens", [1, 3, 8])
 @pytest.mark.parametrize(
     ("kind", "num_modules"), [("mla", 1), ("mla", 2), ("gqa", 1), ("windows and sinks", 2)]
 )
@@ -109,7 +109,7 @@ def test_greedy_text_is_that_of_plain_decoding_under_every_wiring(wiring, num_mo
         assert generate_batch(model, PROMPTS[:6], 15, draft_tokens=draft_tokens) == plain
 
 
-@pytest.mark.parametrize("draft_tokens", [2, 4, 8])
+@pytest.mark.parametrize("draft_tokens", [2, 8])
 @pytest.mark.parametrize("num_modules", [1, 2])
 def test_a_stop_id_among_kept_drafts_ends_the_text_there(num_modules, draft_tokens, rounds):
     model, inside = MODELS["mla", num_modules], 0
