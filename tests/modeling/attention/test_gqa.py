@@ -183,6 +183,18 @@ def test_blocks_are_for_many_query_rows_on_a_cpu(heads):
         assert not blocks_pay(q_BHTP.to("meta"), k_BJSP.to("meta"))
 
 
+def test_products_of_16_bits_are_for_cpus_with_instructions_for_them(monkeypatch):
+    q_BHTP, k_BJSP = torch.empty(1, 4, 500, 3).bfloat16(), torch.empty(1, 4, 500, 3).bfloat16()
+    query_BHTP, latents_B1SP = torch.empty(1, 4, 1, 3).bfloat16(), torch.empty(1, 1, 9000, 3)
+    for fast in (False, True):
+        dtypes = [torch.float32, *([torch.bfloat16] if fast else [])]
+        monkeypatch.setattr(kernels, "FAST_PRODUCTS", dtypes)
+        assert blocks_pay(q_BHTP, k_BJSP) == fast
+        assert pieces_pay(query_BHTP, latents_B1SP, None) == fast
+        assert blocks_pay(q_BHTP.float(), k_BJSP.float())
+    assert {torch.float32, torch.float64} <= set(kernels.list_fast_products())
+
+
 @given(
     keys=st.integers(1, 9),
     key_width=st.integers(1, 5),
@@ -200,7 +212,9 @@ def test_a_single_query_attends_to_pieces_of_the_keys(keys, key_width, value_wid
     close(y_BHTM, plain, 1e-6)
 
 
-def test_pieces_are_for_a_single_query_whose_heads_share_many_keys_in_16_bits():
+def test_pieces_are_for_a_single_query_whose_heads_share_many_keys_in_16_bits(monkeypatch):
+    monkeypatch.setattr(kernels, "FAST_PRODUCTS", [torch.float32, torch.bfloat16, torch.float16])
+
     def pays(B=1, H=4, T=1, J=1, S=4096, window=None, dtype=torch.bfloat16, device="cpu"):
         q_BHTP = torch.empty(B, H, T, 2, dtype=dtype, device=device)
         return pieces_pay(q_BHTP, torch.empty(B, J, S, 2, dtype=dtype, device=device), window)
@@ -227,9 +241,10 @@ def noting(chosen, form):
     return run
 
 
-def test_every_form_is_chosen_and_is_about_the_plain_weights_in_bfloat16():
+def test_every_form_is_chosen_and_is_about_the_plain_weights_in_bfloat16(monkeypatch):
     """A prefill in blocks, a step by the kernel, and a step among many keys in pieces."""
     chosen = []
+    monkeypatch.setattr(kernels, "FAST_PRODUCTS", [torch.bfloat16])
     for T, S, H, J in ((300, 300, 2, 2), (40, 300, 4, 1), (1, 300, 4, 2), (1, 5000, 4, 1)):
         q_BHTP = noise(1, H, T, 8).bfloat16()
         k_BJSP, v_BJSM = noise(1, J, S, 8, seed=1).bfloat16(), noise(1, J, S, 8, seed=2).bfloat16()
