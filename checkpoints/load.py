@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from modeling import ModelConfig, QuantizedWeight, Transformer
+from modeling import ModelConfig, QuantizedWeight, Transformer, widen_products
 
 from .contents import (
     Contents,
@@ -101,6 +101,7 @@ def load_model(
     for name, other in shared.items():
         path, _, own = name.rpartition(".")
         setattr(model.get_submodule(path), own, model.get_parameter(other))
+    widen_products(model)
     return model.requires_grad_(False).eval()
 
 

@@ -27,3 +27,4 @@ from .quantized import QuantizedExperts, QuantizedLinear, QuantizedMatrix, Quant
 from .record import LayerStates, record_attention, record_states
 from .rope import RopeConfig, YarnConfig, rotate
 from .step import Step
+from .widened import widen_products

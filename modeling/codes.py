@@ -19,9 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PIECE = 2**21  # numbers of a matrix that are expanded at a time: 4 MiB in bfloat16
-ROUNDED = (
-    2**19
-)  # numbers that are rounded at a time: twice as fast as 2**21, which leaves the cache
+ROUNDED = 2**19  # numbers that are rounded at a time: these fit into a CPU's cache
 ROW_UNIT = 32  # torch's kernels read rows in units of this many numbers
 GROUP_SIZES = (128, 64, 32)
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range, of which the best is taken

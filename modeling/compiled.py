@@ -30,22 +30,23 @@ def compile_decoding(model: Transformer) -> None:
     and needs the C++ compiler that torch finds. Where a hook acts, gradients are wanted or there is
     more than one token, the modules are called as before. Results differ by rounding alone.
     """
-    model.call = CompiledCall()
+    model.call = CompiledCall(model.call)
 
 
 class CompiledCall:
-    """Calls a module, compiled where its input is one row and nobody watches."""
+    """Calls a module: compiled where its input is one row and nobody watches, or by `plain`."""
 
-    def __init__(self) -> None:
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self.plain = plain
         self.compiled = torch.compile(run_module, backend=compile_row_products, dynamic=True)
 
     def __call__(self, module: nn.Module, x: Tensor, *rest: Any) -> Tensor:
         one_row = x.shape[:-1].numel() == 1
         pays = one_row and not torch.is_grad_enabled() and not is_watched(module)
-        return (self.compiled if pays else nn.Module.__call__)(module, x, *rest)
+        return (self.compiled if pays else self.plain)(module, x, *rest)
 
     def __reduce__(self) -> tuple:
-        return CompiledCall, ()  # what is compiled stays out of copies and files
+        return CompiledCall, (self.plain,)  # what is compiled stays out of copies and files
 
 
 def run_module(module: nn.Module, *inputs: Any) -> Tensor:

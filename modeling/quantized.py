@@ -93,7 +93,7 @@ def multiply_by_codes(
     """
     shape = width, x_NI.shape[1]
     if matrix_N is None:
-        return QuantizedMatrix(format_of(form), shape, codes, scale).multiply(x_NI)
+        return QuantizedMatrix(format_of(form), shape, codes, scale).multiply(x_NI).contiguous()
     y_NO = x_NI.new_zeros(len(x_NI), width)
     for number in [m for m in matrix_N.unique().tolist() if m < len(codes)]:
         matrix = QuantizedMatrix(format_of(form), shape, codes[number], scale[number])
@@ -163,7 +163,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_gradients(x)
-        y = self.weight.multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        y_NO = self.weight.multiply(x.reshape(-1, x.shape[-1]))
+        y = y_NO.view(*x.shape[:-1], y_NO.shape[1])
         return y if self.bias is None else y + self.bias
 
     def reset_parameters(self) -> None:

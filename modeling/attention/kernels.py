@@ -16,23 +16,11 @@ from torch.nn import functional as F
 
 from moe import is_traced
 
+from ..products import FAST_PRODUCTS
 from ..step import Step
 
 BLOCK = 128  # queries whose scores exist at a time: of 32 to 256, the fastest at 512 and 2,048 keys
 PIECE = 512  # keys that one product of a single query reads: of 128 to 1,024, the fastest
-
-
-def list_fast_products() -> list[torch.dtype]:
-    """The dtypes whose products are computed by instructions of this CPU."""
-    dtypes = [torch.float32, torch.float64]
-    if torch.backends.mkldnn.is_available():
-        kernels = torch.ops.mkldnn
-        dtypes += [torch.bfloat16] if kernels._is_mkldnn_bf16_supported() else []
-        dtypes += [torch.float16] if kernels._is_mkldnn_fp16_supported() else []
-    return dtypes
-
-
-FAST_PRODUCTS = list_fast_products()
 
 
 def mask_keys(step: Step, keys_BS: Tensor | None, window: int | None = None) -> Tensor:

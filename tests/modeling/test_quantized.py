@@ -200,6 +200,7 @@ def test_a_linear_layer_keeps_its_bias_and_shapes(kind):
     x_BTI = noise(2, 3, 64, dtype=torch.float32)
     expected = F.linear(x_BTI, layer.weight.matrix.dequantize(torch.float32), layer.bias)
     assert torch.allclose(layer(x_BTI), expected, atol=1e-5)
+    assert layer(x_BTI[:0]).shape == (0, 3, 70)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -192,7 +192,6 @@ def test_products_of_16_bits_are_for_cpus_with_instructions_for_them(monkeypatch
         assert blocks_pay(q_BHTP, k_BJSP) == fast
         assert pieces_pay(query_BHTP, latents_B1SP, None) == fast
         assert blocks_pay(q_BHTP.float(), k_BJSP.float())
-    assert {torch.float32, torch.float64} <= set(kernels.list_fast_products())
 
 
 @given(
